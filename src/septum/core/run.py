@@ -1,0 +1,154 @@
+"""Live runs: one task takes a step, then the scheduler chooses the next.
+
+A scheduler is a *chooser*: a function from the tasks that can go on, and the one that went last, to the next one.
+:func:`solo` is the chooser that stays with a task until it has to wait; at granularity ``SOLO`` it makes model code run as
+plain calls.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from septum.arch.errors import UsageError
+from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx
+from septum.core.trace import Trace
+
+#: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
+Chooser = Callable[[Sequence[int], int], int]
+
+
+def solo(enabled: Sequence[int], last: int) -> int:
+    """Stays with the last task while it can go on; then the lowest."""
+    return last if last in enabled else enabled[0]
+
+
+def round_robin(enabled: Sequence[int], last: int) -> int:
+    """Each task in turn."""
+    return next((task for task in enabled if task > last), enabled[0])
+
+
+def at_random(seed: int) -> Chooser:
+    """Each enabled task with equal chance, from a seeded generator."""
+    rng = random.Random(seed)
+    return lambda enabled, last: enabled[0] if len(enabled) == 1 else rng.choice(enabled)
+
+
+def recorded(schedule: Sequence[int]) -> Chooser:
+    """A recorded schedule again; after its end, :func:`solo`.
+
+    :raises UsageError: (from the chooser) when the schedule chooses a task that cannot go on.
+    """
+    steps = iter(enumerate(schedule, 1))
+
+    def choose(enabled: Sequence[int], last: int) -> int:
+        place, task = next(steps, (0, -1))
+        if task < 0:
+            return solo(enabled, last)
+        if task not in enabled:
+            raise UsageError(
+                f"schedule: step {place} chooses task {task}, which cannot go on there (it can be {list(enabled)});"
+                " the schedule was recorded with another version, scenario or parameters"
+            )
+        return task
+
+    return choose
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a live run ended.
+
+    ``violation`` is the property that failed and ``message`` what happened, if anything failed. ``results`` has what each
+    task's coroutine returned, in task order (``None`` for one that did not finish).
+    """
+
+    trace: Trace
+    steps: int = 0
+    violation: str | None = None
+    message: str = ""
+    results: list[Any] = field(default_factory=list)
+
+
+def run(
+    programs: Sequence[Program],
+    choose: Chooser = solo,
+    *,
+    level: int = CALLS,
+    max_steps: int | None = None,
+    keep_events: bool = True,
+) -> Outcome:
+    """Runs tasks to their end, to a violation, to a deadlock, or for ``max_steps`` steps.
+
+    A deadlock (somebody has not finished and nobody can go on) is reported as a violation of ``no deadlock`` that
+    names who waits for what.
+    """
+    outcome = Outcome(Trace(keep_events=keep_events), results=[None] * len(programs))
+    before = ctx.level, ctx.task, ctx.trace
+    ctx.level = level
+    ctx.trace = outcome.trace if keep_events and level != SOLO else None
+    try:
+        _run(programs, choose, max_steps, outcome)
+    except Violation as violation:
+        outcome.violation, outcome.message = violation.property, str(violation)
+    finally:
+        ctx.level, ctx.task, ctx.trace = before
+    return outcome
+
+
+def run_solo(programs: Sequence[Program]) -> list[Any]:
+    """Runs tasks one after the other as plain calls and returns their results.
+
+    :raises Violation: when a property fails or nobody can go on.
+    """
+    outcome = run(programs, solo, level=SOLO, keep_events=False)
+    if outcome.violation:
+        raise Violation(outcome.violation, outcome.message)
+    return outcome.results
+
+
+def _run(programs: Sequence[Program], choose: Chooser, max_steps: int | None, outcome: Outcome) -> None:
+    bodies: list[Coroutine[Step, None, Any] | None] = [program.body() for program in programs]
+    pending: list[Step | None] = [None] * len(programs)
+    schedule = outcome.trace.schedule
+    last = -1
+    try:
+        while max_steps is None or outcome.steps < max_steps:
+            enabled = [i for i, body in enumerate(bodies) if body is not None and _ready(pending[i])]
+            if not enabled:
+                _check_all_done(programs, bodies, pending)
+                break
+            last = choose(enabled, last)
+            body = bodies[last]
+            assert body is not None
+            ctx.task = programs[last].task
+            schedule.append(last)
+            outcome.steps += 1
+            try:
+                pending[last] = body.send(None)
+            except StopIteration as end:
+                bodies[last] = None
+                outcome.results[last] = end.value
+    finally:
+        for body in bodies:
+            if body is not None:
+                body.close()
+
+
+def _ready(step: Step | None) -> bool:
+    return step is None or step.guard is None or step.guard()
+
+
+def _check_all_done(
+    programs: Sequence[Program], bodies: Sequence[Coroutine[Step, None, Any] | None], pending: Sequence[Step | None]
+) -> None:
+    stuck = [i for i, body in enumerate(bodies) if body is not None and not programs[i].daemon]
+    if stuck:
+        raise Violation("no deadlock", deadlock_message([(programs[i].task.name, pending[i]) for i in stuck]))
+
+
+def deadlock_message(stuck: Sequence[tuple[str, Step | None]]) -> str:
+    """Who waits for what, in words."""
+    return "nobody can go on: " + "; ".join(f"{name} waits to {step}" for name, step in stuck)

@@ -1,0 +1,280 @@
+"""The TDX Module's locks: words in memory, attempts that never wait.
+
+A lock is a *view*: the map that holds its word, and the key of the word in it. Views are cheap, hold no state and may be
+made on the fly, so a machine with millions of PAMT entries has lock words only where a lock is taken. Every
+primitive is one step (two or more at ``ATOMICS`` granularity, one for each atomic instruction of the real code), and
+leaves in the word what the real code leaves, also when it fails.
+
+Source: TDX Module 1.5.01, ``src/common/helpers/tdx_locks.h``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from septum.core.cells import SharedMap
+from septum.core.steps import ATOMICS, CALLS, PRIMITIVES, Step, ctx, emit, switch
+
+
+class Mode(IntEnum):
+    """How a lock is held."""
+
+    SHARED = 1
+    EXCLUSIVE = 2
+
+
+class Taken(IntEnum):
+    """Outcome of an attempt. ``PRIORITY``: a guest must give way to a host that found the lock busy earlier."""
+
+    YES = 0
+    BUSY = 1
+    PRIORITY = 2
+
+
+class SanityCheckFailed(Exception):
+    """A lock word is in a state that the module holds to be impossible; the real module halts."""
+
+
+def _sane(condition: bool, lock: TryLock, what: str) -> None:
+    if not condition:
+        raise SanityCheckFailed(f"{lock}: {what}")
+
+
+class TryLock(ABC):
+    """A lock word and the primitives on it.
+
+    ``label`` is what diagrams call it. ``free`` is the word when nobody holds it and nobody has asked for priority.
+    """
+
+    __slots__ = ("key", "label", "words")
+    free: ClassVar[int] = 0
+
+    def __init__(self, words: SharedMap[Any, int], key: Any, label: str = "") -> None:
+        self.words = words
+        self.key = key
+        self.label = label
+
+    def __repr__(self) -> str:
+        return self.label or f"{type(self).__name__}({self.key})"
+
+    async def acquire(self, mode: Mode, *, guest: bool = False) -> Taken:
+        """One attempt. Never waits."""
+        level = ctx.level
+        if not level:
+            return await self._attempt(mode, guest)
+        await switch(Step("acquire", self))
+        taken = await self._attempt(mode, guest)
+        emit("lock", f"{'+' if taken is Taken.YES else '!'}{self}", mode=mode, taken=taken)
+        if level >= PRIMITIVES:
+            await switch(Step("acquired", self))
+        return taken
+
+    async def release(self, mode: Mode) -> None:
+        """Lets go of a lock held in ``mode``."""
+        if ctx.level > CALLS:
+            await switch(Step("release", self))
+        self._release(mode)
+        if ctx.level:
+            emit("lock", f"-{self}", mode=mode)
+            if ctx.level >= PRIMITIVES:
+                await switch(Step("released", self))
+
+    @abstractmethod
+    async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        """The atomic instructions of an attempt."""
+
+    @abstractmethod
+    def _release(self, mode: Mode) -> None:
+        """The atomic instruction of a release."""
+
+    def _word(self) -> int:
+        return self.words.get(self.key, 0)
+
+    def _put(self, word: int) -> None:
+        if word:
+            self.words[self.key] = word
+        else:
+            self.words.pop(self.key, None)
+
+
+async def _between_atomics(lock: TryLock) -> None:
+    if ctx.level >= ATOMICS:
+        await switch(Step("atomic", lock))
+
+
+class Mutex(TryLock):
+    """``mutex_lock_t``: one byte, 0 free, 1 taken. Knows no shared mode."""
+
+    __slots__ = ()
+
+    async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        if self._word():
+            return Taken.BUSY
+        self._put(1)
+        return Taken.YES
+
+    def _release(self, mode: Mode) -> None:
+        _sane(self._word() == 1, self, "released a mutex that is not taken")
+        self._put(0)
+
+
+class Sharex(TryLock):
+    """``sharex_lock_t``: bit 0 exclusive, bits 15:1 readers.
+
+    A failed shared attempt leaves the reader count raised; the exclusive holder's release stores 0 and so heals it.
+    """
+
+    __slots__ = ()
+    EX: ClassVar[int] = 1
+    READER: ClassVar[int] = 2
+
+    async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        word = self._word()
+        if mode is Mode.EXCLUSIVE:
+            if word:
+                return Taken.BUSY
+            self._put(self.EX)
+            return Taken.YES
+        self._put((word + self.READER) & 0xFFFF)
+        _sane(word != 0xFFFE, self, "reader count overflow")
+        return Taken.BUSY if word & self.EX else Taken.YES
+
+    def _release(self, mode: Mode) -> None:
+        word = self._word()
+        if mode is Mode.EXCLUSIVE:
+            self._put(0)
+            _sane(bool(word & self.EX), self, "exclusive release of a lock not held exclusively")
+        else:
+            self._put((word - self.READER) & 0xFFFF)
+            _sane(not word & self.EX and word >> 1 != 0, self, "shared release of a lock not held shared")
+
+
+class SharexHp(TryLock):
+    """``sharex_hp_lock_t``: bit 0 exclusive, bit 1 host priority, bits 15:2 readers.
+
+    A host that finds it busy sets the priority bit; a guest that then finds the bit gives way
+    (:attr:`Taken.PRIORITY`); the next host that succeeds clears it.
+    """
+
+    __slots__ = ()
+    EX: ClassVar[int] = 1
+    HP: ClassVar[int] = 2
+    READER: ClassVar[int] = 4
+    FULL: ClassVar[int] = 0x3FFF
+
+    async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        return await (self._exclusive(guest) if mode is Mode.EXCLUSIVE else self._shared(guest))
+
+    async def _shared(self, guest: bool) -> Taken:
+        word = self._word()
+        self._put((word + self.READER) & 0xFFFF)
+        if guest and word & self.HP:
+            await _between_atomics(self)
+            self._put((self._word() - self.READER) & 0xFFFF)
+            return Taken.PRIORITY
+        if word & self.EX:
+            if not guest:
+                await self._ask_priority()
+            return Taken.BUSY
+        if word & self.HP:
+            await _between_atomics(self)
+            self._put(self._word() & ~self.HP)
+        _sane(word >> 2 != self.FULL, self, "reader count overflow")
+        return Taken.YES
+
+    async def _exclusive(self, guest: bool) -> Taken:
+        word = self._word()
+        if not word:
+            self._put(self.EX)
+            return Taken.YES
+        if word == self.HP:
+            if guest:
+                return Taken.PRIORITY
+            await _between_atomics(self)
+            if self._word() != self.HP:
+                return Taken.BUSY
+            self._put(self.EX)
+            return Taken.YES
+        if not guest:
+            await self._ask_priority()
+        return Taken.BUSY
+
+    async def _ask_priority(self) -> None:
+        await _between_atomics(self)
+        self._put(self._word() | self.HP)
+
+    def _release(self, mode: Mode) -> None:
+        word = self._word()
+        if mode is Mode.EXCLUSIVE:
+            _sane(bool(word & self.EX), self, "exclusive release of a lock not held exclusively")
+            self._put(word & self.HP)
+        else:
+            self._put((word - self.READER) & 0xFFFF)
+            _sane(not word & self.EX and word >> 2 != 0, self, "shared release of a lock not held shared")
+
+    async def promote(self) -> Taken:
+        """From the only shared holder to exclusive. On failure the shared hold stays."""
+        if ctx.level:
+            await switch(Step("promote", self))
+        taken = await self._promote()
+        if ctx.level:
+            emit("lock", f"{'^' if taken is Taken.YES else '!'}{self}", mode=Mode.EXCLUSIVE, taken=taken)
+            if ctx.level >= PRIMITIVES:
+                await switch(Step("promoted", self))
+        return taken
+
+    async def _promote(self) -> Taken:
+        for alone in (self.READER, self.READER | self.HP):
+            word = self._word()
+            _sane(not word & self.EX and word != 0, self, "promotion of a lock not held shared")
+            if word == alone:
+                self._put(self.EX)
+                return Taken.YES
+            if alone == self.READER and word != self.READER | self.HP:
+                await self._ask_priority()
+                return Taken.BUSY
+            await _between_atomics(self)
+        return Taken.BUSY
+
+
+class SeptEntryLock(TryLock):
+    """The lock inside a Secure EPT entry: bit 11 (``TDEL``) taken, bit 52 (``TDHP``) host priority. Always exclusive.
+
+    The entry's value is state of its own: an interface function that ends by writing the entry releases the lock (and
+    loses the priority bit) with that write, and does not call :meth:`release`.
+    """
+
+    __slots__ = ()
+    TDEL: ClassVar[int] = 1 << 11
+    TDHP: ClassVar[int] = 1 << 52
+
+    def _word(self) -> int:
+        return self.words[self.key]
+
+    def _put(self, word: int) -> None:
+        self.words.store(self.key, word)
+
+    async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        word = self._word()
+        if word & self.TDEL:
+            if not guest:
+                await _between_atomics(self)
+                self._put(self._word() | self.TDHP)
+            return Taken.BUSY
+        self._put(word | self.TDEL)
+        if guest:
+            if not word & self.TDHP:
+                return Taken.YES
+            await _between_atomics(self)
+            self._put(self._word() & ~self.TDEL)
+            return Taken.PRIORITY
+        await _between_atomics(self)
+        self._put(self._word() & ~self.TDHP)
+        return Taken.YES
+
+    def _release(self, mode: Mode) -> None:
+        word = self._word()
+        _sane(bool(word & self.TDEL), self, "release of an entry that is not locked")
+        self._put(word & ~self.TDEL)
