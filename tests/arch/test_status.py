@@ -120,4 +120,4 @@ def test_statuses_of_recorded_calls_have_the_recorded_names() -> None:
 def test_operand_ids() -> None:
     assert operand_name(146) == "SEPT_TREE"
     assert operand_name(4) is None
-    assert Operand.R8 == 8
+    assert int(Operand.R8) == 8
