@@ -1,0 +1,1 @@
+"""The ``septum`` command: one thin module per subcommand, which asks the library and prints its answer."""
