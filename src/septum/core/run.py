@@ -115,26 +115,39 @@ def _run(programs: Sequence[Program], choose: Chooser, max_steps: int | None, ou
     schedule = outcome.trace.schedule
     last = -1
     try:
+        for i in range(len(programs)):
+            _advance(i, programs, bodies, pending, outcome)
         while max_steps is None or outcome.steps < max_steps:
             enabled = [i for i, body in enumerate(bodies) if body is not None and _ready(pending[i])]
             if not enabled:
                 _check_all_done(programs, bodies, pending)
                 break
             last = choose(enabled, last)
-            body = bodies[last]
-            assert body is not None
-            ctx.task = programs[last].task
             schedule.append(last)
             outcome.steps += 1
-            try:
-                pending[last] = body.send(None)
-            except StopIteration as end:
-                bodies[last] = None
-                outcome.results[last] = end.value
+            _advance(last, programs, bodies, pending, outcome)
     finally:
         for body in bodies:
             if body is not None:
                 body.close()
+
+
+def _advance(
+    i: int,
+    programs: Sequence[Program],
+    bodies: list[Coroutine[Step, None, Any] | None],
+    pending: list[Step | None],
+    outcome: Outcome,
+) -> None:
+    """Lets task ``i`` go on to its next step. (The first time: to its first step, before anyone may act.)"""
+    body = bodies[i]
+    assert body is not None
+    ctx.task = programs[i].task
+    try:
+        pending[i] = body.send(None)
+    except StopIteration as end:
+        bodies[i] = None
+        outcome.results[i] = end.value
 
 
 def _ready(step: Step | None) -> bool:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 from septum.core.cells import SharedMap
-from septum.core.steps import ATOMICS, CALLS, PRIMITIVES, Step, ctx, emit, switch
+from septum.core.steps import ATOMICS, PRIMITIVES, Step, ctx, emit, switch
 
 
 class Mode(IntEnum):
@@ -73,7 +73,7 @@ class TryLock(ABC):
 
     async def release(self, mode: Mode) -> None:
         """Lets go of a lock held in ``mode``."""
-        if ctx.level > CALLS:
+        if ctx.level:
             await switch(Step("release", self))
         self._release(mode)
         if ctx.level:
