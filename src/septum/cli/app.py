@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from septum.cli.measure import measure
 from septum.cli.status import status
 
-COMMANDS = {"status": status}
+COMMANDS: dict[str, Callable[..., int]] = {"measure": measure, "status": status}
 """Every command that exists, in the order that ``--help`` shows."""
 
 

@@ -86,9 +86,9 @@ def _complain(args: list[str], text: str, status: int) -> int:
 
 def _prepare_streams() -> None:
     """Makes sure that printing works, whatever the process was started with."""
-    # A stream that the parent process closed is None here.
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: as long as the process
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: as long as the process
+    # A stream that the parent process closed is None; what replaces it stays open as long as the process.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding lacks is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):

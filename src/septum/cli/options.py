@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from septum.arch.errors import UsageError
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def read_size(text: str) -> int:
-    """Bytes of a memory size such as ``2G``, ``512M`` or ``4096``. Raises ``UsageError``."""
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise UsageError(f"{text!r} is not a size: write bytes, or a number followed by K, M, G or T, such as 2G")
-    return int(found[1]) * UNITS[found[2].upper()]
 
 
 def read_params(pairs: list[str]) -> dict[str, str]:
@@ -46,7 +35,5 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer itself.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything random.")]
 Params = Annotated[list[str], typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the scenario.")]
-Memory = Annotated[
-    int, typer.Option("--memory", parser=read_size, metavar="SIZE", help="Memory of the TD, such as 2G.")
-]
+Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Memory of the TD, such as 2G.")]
 Firmware = Annotated[Path, typer.Argument(metavar="FIRMWARE", help="A TDVF image.")]

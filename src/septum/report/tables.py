@@ -1,7 +1,7 @@
 """Tables for people: plain ASCII of at most 100 columns, or a rich renderable on a terminal.
 
-A cell that is an ``int`` or ``float`` is set to the right and written with thousands separators; everything else is
-text. A table that is too wide wraps its widest columns, never a narrow one.
+A column of numbers is set to the right and written with thousands separators; everything else is text. A table that
+is too wide wraps its widest columns, never a narrow one.
 """
 
 from __future__ import annotations
@@ -46,13 +46,19 @@ class Table:
         body = [[cell(value) for value in row] for row in self.rows]
         head = [list(self.columns)] if self.columns else []
         widths = _fit([*head, *body], width)
+        right = [self._numeric(place) for place in range(len(widths))]
         lines = [self.title] if self.title else []
         for row in head:
-            lines += _line(row, widths, [False] * len(row))
+            lines += _line(row, widths, right)
             lines.append(GAP.join("-" * size for size in widths))
-        for values, row in zip(self.rows, body, strict=True):
-            lines += _line(row, widths, [_is_number(value) for value in values])
+        for row in body:
+            lines += _line(row, widths, right)
         return "\n".join(lines)
+
+    def _numeric(self, place: int) -> bool:
+        """Whether a column holds numbers, and so is set to the right."""
+        values = [row[place] for row in self.rows if row[place] is not None]
+        return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
     def __rich__(self) -> RichTable:
         from rich import box
@@ -69,10 +75,9 @@ class Table:
         )
         size = len(self.columns) or max((len(row) for row in self.rows), default=1)
         for place in range(size):
-            number = bool(self.rows) and all(_is_number(row[place]) for row in self.rows)
             table.add_column(
                 Text(self.columns[place]) if self.columns else "",
-                justify="right" if number else "left",
+                justify="right" if self._numeric(place) else "left",
                 overflow="fold",
                 style="dim" if place == 0 and not self.columns else "",
             )
@@ -87,13 +92,9 @@ def facts(values: Mapping[str, object], title: str = "") -> Table:
     return Table(tuple((name, cell(value)) for name, value in values.items()), title=title)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _fit(rows: Iterable[list[str]], width: int) -> list[int]:
     """Column widths: the natural ones, the widest narrowed until the line fits."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(1, *map(len, column)) for column in zip(*rows, strict=True)]
     spare = len(GAP) * (len(widths) - 1)
     while sum(widths) + spare > width and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
