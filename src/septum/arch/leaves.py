@@ -1,7 +1,7 @@
 """Leaf functions of the TDX Module: SEAMCALL (host side) and TDCALL (guest side) with their registers.
 
 RAX holds the leaf number in bits 15:0 and the version in bits 23:16; bits 63:24 must be 0. For leaves that have only
-version 0 the dispatchers refuse others with TDX_OPERAND_INVALID(RAX); leaves with versions 0 and 1 check for themselves.
+version 0 the dispatchers refuse others with TDX_OPERAND_INVALID(RAX); leaves with two versions check for themselves.
 
 Sources: include/tdx_api_defs.h, vmm_dispatcher/tdx_vmm_dispatcher.c and td_dispatcher/tdx_td_dispatcher.c of TDX Module
 1.5.01. Registers are documentation; every leaf returns its completion status in RAX, which is not listed.
@@ -213,8 +213,7 @@ class Registers:
 @cache
 def registers(leaf: Leaf) -> Registers:
     """The registers of a leaf, for documentation and reports."""
-    # A table that few runs need.
-    from septum.arch.leaf_registers import GUEST_REGISTERS, HOST_REGISTERS
+    from septum.arch.leaf_registers import GUEST_REGISTERS, HOST_REGISTERS  # noqa: PLC0415 - few runs need the table
 
     text = HOST_REGISTERS[leaf] if isinstance(leaf, HostLeaf) else GUEST_REGISTERS[leaf]
     inputs, outputs = (

@@ -1,0 +1,157 @@
+"""Secure-EPT entries: state bits, what the host is told, which leaf each state allows, and entries in the making."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from septum.arch import sept
+from septum.arch.leaves import GuestLeaf, HostLeaf
+from septum.arch.pages import Level
+from septum.arch.sept import SeptState as S
+
+SHARED = Path(os.environ.get("SEPTUM_SHARED", Path(__file__).parents[2].parent / "shared"))
+PAGE = 0x1234567000
+states = st.sampled_from([*S])
+entries = st.builds(lambda state, rest: rest & ~sept.STATE_MASK | state, states, st.integers(0, (1 << 64) - 1))
+
+
+@pytest.mark.parametrize(
+    ("entry", "rcx", "rdx"),
+    [
+        (sept.FREE_ENTRY, 0x8000000000000000, 0x000),
+        (sept.leaf_entry(PAGE, S.PENDING), 0x80000012345670F0, 0x200),
+        (sept.leaf_entry(PAGE, S.MAPPED, sept.RWX), 0x80000012345670F7, 0x400),
+        (sept.blocked(sept.leaf_entry(PAGE, S.MAPPED, sept.RWX), 0), 0x80000012345670F0, 0x100),
+        (sept.blocked(sept.leaf_entry(PAGE, S.PENDING), 0), 0x80000012345670F0, 0x300),
+        (sept.non_leaf_entry(PAGE), 7, 0x8400),
+        (sept.blocked(sept.non_leaf_entry(PAGE), 0), 0, 0x8100),
+    ],
+)
+def test_what_the_host_sees(entry: int, rcx: int, rdx: int) -> None:
+    assert sept.arch_details(entry, Level.PT) == (rcx, rdx)
+
+
+def test_raw_bits_of_the_common_entries() -> None:
+    assert sept.FREE_ENTRY == 1 << 63 | 1 << 55 | 1 << 54 | 1 << 53
+    assert sept.leaf_entry(PAGE, S.PENDING) == 1 << 63 | 1 << 56 | PAGE | 0xF0
+    assert sept.leaf_entry(PAGE, S.MAPPED, sept.RWX, locked=True) == 1 << 63 | PAGE | 0x8F7
+    assert sept.non_leaf_entry(PAGE) == 1 << 63 | PAGE | 7
+
+
+def test_accept_progress_shows_in_rcx_but_not_after_blocking() -> None:
+    pending = sept.leaf_entry(0x40000000, S.PENDING) | 5 << sept.ACCEPT_COUNTER_SHIFT
+    assert sept.arch_entry(pending) & 0x1FF000 == 0x5000
+    assert sept.blocked(pending, Level.PD) & 0x1FF000 == 0
+    assert sept.blocked(pending, Level.PT) & 0x1FF000 == 0x5000
+
+
+def test_allowed_leaves_by_state() -> None:
+    def allowed(leaf: HostLeaf) -> set[str]:
+        return {state.name for state in S if sept.host_allowed(leaf, state)}
+
+    assert allowed(HostLeaf.TDH_MEM_PAGE_AUG) == {"FREE", "REMOVED"}
+    assert allowed(HostLeaf.TDH_MEM_RANGE_BLOCK) == {
+        "NL_MAPPED",
+        "MAPPED",
+        "BLOCKEDW",
+        "PENDING",
+        "PENDING_BLOCKEDW",
+    }
+    assert allowed(HostLeaf.TDH_MEM_RANGE_UNBLOCK) == {"NL_BLOCKED", "BLOCKED", "PENDING_BLOCKED"}
+    assert len(allowed(HostLeaf.TDH_MEM_SEPT_RD)) == 16
+    accept = {state.name for state in S if sept.guest_allowed(GuestLeaf.TDG_MEM_PAGE_ACCEPT, state)}
+    assert accept == {"PENDING", "PENDING_EXPORTED_DIRTY"}
+
+
+def test_unknown_bits_are_no_state() -> None:
+    with pytest.raises(ValueError, match="in no state"):
+        sept.state(sept.PS)
+
+
+@given(entries)
+def test_other_bits_do_not_change_state_or_rights(raw: int) -> None:
+    state = sept.state(raw)
+    assert raw & sept.STATE_MASK == state
+    for leaf, allowed in sept.HOST_ALLOWED.items():
+        assert sept.host_allowed(HostLeaf(leaf), raw) == (state in allowed)
+    assert sept.is_any_blocked(raw) == (state.name in {"NL_BLOCKED", "BLOCKED", "PENDING_BLOCKED"})
+    assert sept.is_any_pending(raw) == state.name.startswith("PENDING")
+
+
+@given(entries, states)
+def test_with_state_touches_only_state_and_sve(raw: int, state: S) -> None:
+    changed = sept.with_state(raw, state)
+    assert sept.state(changed) is state
+    assert (changed ^ raw) & ~(sept.STATE_MASK | sept.SVE) == 0
+    assert changed & sept.SVE
+
+
+@given(
+    st.sampled_from(
+        [
+            sept.leaf_entry(PAGE, S.MAPPED, sept.RWX),
+            sept.leaf_entry(PAGE, S.PENDING),
+            sept.non_leaf_entry(PAGE),
+            sept.leaf_entry(PAGE, S.MAPPED, sept.RWX, locked=True) | sept.TDHP,
+        ]
+    ),
+    st.sampled_from(Level),
+)
+def test_unblock_undoes_block(entry: int, level: Level) -> None:
+    closed = sept.blocked(entry, level)
+    assert sept.is_any_blocked(closed)
+    assert not sept.is_present(closed)
+    expected = sept.without_accept_progress(entry, level)
+    assert sept.unblocked(closed) == expected
+    assert sept.unblocked(expected) == expected
+
+
+def test_aliases_and_locks() -> None:
+    entry = sept.leaf_entry(PAGE, S.MAPPED, sept.RWX) | 0b101 << sept.TDAL_SHIFT
+    assert [sept.is_aliased(entry, vm) for vm in (1, 2, 3)] == [True, False, True]
+    assert sept.is_any_aliased(entry)
+    assert not sept.is_any_aliased(sept.FREE_ENTRY)
+    assert sept.is_locked(entry | sept.TDEL)
+    assert not sept.is_locked(entry | sept.TDHP)
+
+
+def test_state_names() -> None:
+    assert sept.arch_state_name(0x84) == "NL_MAPPED"
+    assert sept.arch_state_name(3) == "PENDING_BLOCKED"
+    assert sept.arch_state_name(99) == "state 99"
+
+
+def test_recorded_entries_have_the_modelled_form() -> None:
+    """Whatever TDH.MEM.SEPT.RD returned on the real module, the modelled entry of that state reads the same."""
+    recording = SHARED / "vectors" / "dev" / "lifecycle.jsonl.gz"
+    if not recording.exists():
+        pytest.skip(f"recorded vectors not found ({recording}); set SEPTUM_SHARED")
+    seen = set()
+    with gzip.open(recording, "rt") as lines:
+        for line in lines:
+            if "TDH.MEM.SEPT.RD" not in line:
+                continue
+            event = json.loads(line)
+            out = {**event["in"], **event["out"]}
+            if out["rax"] != "0x0":
+                continue
+            rcx, rdx = int(out["rcx"], 16), int(out["rdx"], 16)
+            state, level = next(s for s in S if sept.ARCH_STATE[s] == rdx >> 8 & 0xFF), rdx & 7
+            page = rcx & sept.HPA_MASK
+            entry = {
+                S.FREE: sept.FREE_ENTRY,
+                S.NL_MAPPED: sept.non_leaf_entry(page),
+                S.NL_BLOCKED: sept.blocked(sept.non_leaf_entry(page), level),
+                S.MAPPED: sept.leaf_entry(page, S.MAPPED, sept.RWX),
+                S.BLOCKED: sept.blocked(sept.leaf_entry(page, S.MAPPED, sept.RWX), level),
+                S.PENDING: sept.leaf_entry(page, S.PENDING),
+                S.PENDING_BLOCKED: sept.blocked(sept.leaf_entry(page, S.PENDING), level),
+            }[state]
+            assert sept.arch_details(entry, level) == (rcx, rdx)
+            seen.add(state)
+    assert {S.FREE, S.NL_MAPPED, S.MAPPED, S.BLOCKED} <= seen
