@@ -71,7 +71,9 @@ class _Local:
 
     __slots__ = ("log", "number", "parent", "pending", "spare", "task", "tree")
 
-    def __init__(self, number: int, task: int, parent: _Local | None, log: tuple[Any, ...], pending: Step | None) -> None:
+    def __init__(
+        self, number: int, task: int, parent: _Local | None, log: tuple[Any, ...], pending: Step | None
+    ) -> None:
         self.number = number
         self.task = task
         self.parent = parent
@@ -435,14 +437,17 @@ class Explorer:
         recording.undo()
         leaf = _Effect(change, tuple(writes), violation)
         # A cell that the step wrote without reading still matters: the change of the hash depends on its old value.
-        reads = recording.first | {
-            cell: recording.before[cell] for cell in places if cell not in recording.first
-        }
+        reads = recording.first | {cell: recording.before[cell] for cell in places if cell not in recording.first}
         local.tree = self._trees[local.number] = self._file(local.tree, reads, leaf)
         return leaf
 
     def _following(
-        self, local: _Local, body: Coroutine[Step, None, Any], step: Step | None, log: tuple[Any, ...], ended: tuple[Any, ...]
+        self,
+        local: _Local,
+        body: Coroutine[Step, None, Any],
+        step: Step | None,
+        log: tuple[Any, ...],
+        ended: tuple[Any, ...],
     ) -> _Local:
         """The local state that the step led to; ``ended`` tells the task's result if the step was its last."""
         key = (local.task, ended or local_state(body))
@@ -498,9 +503,15 @@ class Explorer:
             other = self._run_step(local, vector)
             local.spare = spare
             same = other is leaf or (
-                isinstance(leaf, _Effect) and isinstance(other, _Effect) and sorted(map(repr, leaf.writes)) == sorted(map(repr, other.writes))
+                isinstance(leaf, _Effect)
+                and isinstance(other, _Effect)
+                and sorted(map(repr, leaf.writes)) == sorted(map(repr, other.writes))
             )
-            require(same, "deterministic tasks", f"two histories of task {local.task} were merged but differ at {local.pending}")
+            require(
+                same,
+                "deterministic tasks",
+                f"two histories of task {local.task} were merged but differ at {local.pending}",
+            )
 
     # -- checks on states ------------------------------------------------------------------------------------------
 

@@ -21,7 +21,19 @@ from typing import Any
 
 from septum.core.cells import Shared, SharedMap
 
-_PLAIN = (int, str, bytes, float, type(None), type, Enum, range, types.CodeType, types.ModuleType, types.BuiltinFunctionType)
+_PLAIN = (
+    int,
+    str,
+    bytes,
+    float,
+    type(None),
+    type,
+    Enum,
+    range,
+    types.CodeType,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+)
 _ITERATORS = tuple(type(iter(kind)) for kind in ((), [], range(0), "", b"", {}, {}.values(), {}.items(), set()))
 _NO_FALLTHROUGH = {"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD",
                    "JUMP_BACKWARD_NO_INTERRUPT", "INTERPRETER_EXIT"}  # fmt: skip

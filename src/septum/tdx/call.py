@@ -1,0 +1,237 @@
+"""A SEAMCALL in progress, and the checks and locks that most interface functions begin with.
+
+The functions here are the module's own building blocks, under the names of what they do: each checks an operand, takes
+locks in the real order, and fails the call with the real status. What they lock is dropped by the dispatcher on
+every way out, last taken first.
+
+Source: TDX Module 1.5.01, ``src/common/helpers/helpers.c``, ``src/common/memory_handlers/{pamt,sept}_manager.c``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from septum.arch import op_state, sept
+from septum.arch.op_state import Lifecycle
+from septum.arch.operands import Operand
+from septum.arch.pages import PAGE_MASK, Level, PageInfo, is_below_max_pa, is_valid_gpa, level_index, level_size
+from septum.arch.pamt import PageType
+from septum.arch.status import Status
+from septum.core.trylocks import Mode, SeptEntryLock, SharexHp
+from septum.tdx.held import HeldLocks
+from septum.tdx.outcome import Fail, check
+
+if TYPE_CHECKING:
+    from septum.tdx.module import Module
+    from septum.tdx.registers import Regs
+    from septum.tdx.state.platform import Lp
+    from septum.tdx.state.td import Td
+
+SHARED, EXCLUSIVE = Mode.SHARED, Mode.EXCLUSIVE
+MIN_TDCS_PAGES = 6
+
+
+class HostCall:
+    """One SEAMCALL: who calls, with which registers (changed in place), and the locks that it holds."""
+
+    __slots__ = ("leaf", "locks", "lp", "module", "regs", "version")
+
+    def __init__(self, module: Module, lp: Lp, regs: Regs, leaf: int, version: int) -> None:
+        self.module = module
+        self.lp = lp
+        self.regs = regs
+        self.leaf = leaf
+        self.version = version
+        self.locks = HeldLocks()
+
+
+class PamtLock(SharexHp):
+    """The lock in a PAMT entry. Its key is the entry's: page address | level."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"PAMT_{('4K', '2M', '1G')[self.key & 3]}[{self.key & ~0xFFF:#x}]"
+
+
+class EntryLock(SeptEntryLock):
+    """The lock in a Secure EPT entry. Its key is the entry's physical address."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"SEPT_ENTRY[{self.key:#x}]"
+
+
+class LockedPage:
+    """A physical page whose PAMT entry is locked. ``key`` names the entry in ``Module.pamt``."""
+
+    __slots__ = ("key", "locks", "pa")
+
+    def __init__(self, pa: int, key: int, locks: tuple[PamtLock, ...]) -> None:
+        self.pa = pa
+        self.key = key
+        self.locks = locks
+
+
+class SeptEntry:
+    """A Secure EPT entry that a walk arrived at: its address, level, the value read by the walk, and its lock."""
+
+    __slots__ = ("level", "lock", "pa", "value")
+
+    def __init__(self, pa: int, level: int, value: int, lock: EntryLock) -> None:
+        self.pa = pa
+        self.level = level
+        self.value = value
+        self.lock = lock
+
+
+# -- physical pages --------------------------------------------------------------------------------------------------
+
+
+def check_hpa(call: HostCall, pa: int, alignment: int, operand: Operand) -> None:
+    """``hpa_check_with_pwr_2_alignment``: aligned, no HKID bits, below MAX_PA; else OPERAND_INVALID."""
+    ok = not pa & (alignment - 1) and not call.module.pa_format.hkid(pa) and is_below_max_pa(pa)
+    check(ok, Status.TDX_OPERAND_INVALID, operand)
+
+
+def check_shared_hpa(call: HostCall, pa: int, size: int, operand: Operand, alignment: int | None = None) -> None:
+    """``shared_hpa_check_with_pwr_2_alignment``: memory of the host, outside SEAMRR, with a shared HKID."""
+    ok = not pa & ((alignment or size) - 1) and call.module.is_shared_hpa(pa, size)
+    check(ok, Status.TDX_OPERAND_INVALID, operand)
+
+
+async def lock_page(
+    call: HostCall, pa: int, operand: Operand, mode: Mode, expected: PageType, size: int = Level.PT
+) -> LockedPage:
+    """Checks the address, walks the PAMT to an entry of ``size``, locks it, and checks its page type.
+
+    :raises Fail: OPERAND_INVALID, OPERAND_ADDR_RANGE_ERROR, OPERAND_BUSY or PAGE_METADATA_INCORRECT with ``operand``.
+    """
+    check_hpa(call, pa, level_size(size), operand)
+    page = await walk_pamt(call, pa, operand, mode, size)
+    check(page.key & 3 == size, Status.TDX_PAGE_METADATA_INCORRECT, operand)
+    check(call.module.pamt_entry(page.key).page_type == expected, Status.TDX_PAGE_METADATA_INCORRECT, operand)
+    return page
+
+
+async def walk_pamt(call: HostCall, pa: int, operand: Operand, mode: Mode, size: int = Level.PT) -> LockedPage:
+    """``pamt_walk``: locks the entries from 1 GiB down, shared, and the one that maps the page in ``mode``."""
+    module, locks = call.module, call.locks
+    check(module.is_covered_by_pamt(pa), Status.TDX_OPERAND_ADDR_RANGE_ERROR, operand)
+    taken: tuple[PamtLock, ...] = ()
+    for level in (Level.PDPT, Level.PD):
+        key = pa & -level_size(level) & PAGE_MASK | level
+        lock = PamtLock(module.locks, key)
+        await locks.take(lock, SHARED, operand)
+        taken += (lock,)
+        if level == size or module.pamt_entry(key).page_type == PageType.PT_REG:
+            if mode is EXCLUSIVE:
+                await locks.promote(lock, operand)
+            return LockedPage(pa, key, taken)
+    key = pa & PAGE_MASK
+    lock = PamtLock(module.locks, key)
+    await locks.take(lock, mode, operand)
+    return LockedPage(pa, key, (*taken, lock))
+
+
+async def lock_free_page(call: HostCall, pa: int, operand: Operand, size: int = Level.PT) -> LockedPage:
+    """``check_and_lock_free_range_hpa``: a page that belongs to nobody, locked exclusively.
+
+    For 2 MiB, all 512 entries below must be free too.
+    """
+    page = await lock_page(call, pa, operand, EXCLUSIVE, PageType.PT_NDA, size)
+    check(size != Level.PD or call.module.is_2m_range_free(pa), Status.TDX_PAGE_METADATA_INCORRECT, operand)
+    return page
+
+
+async def unlock_page(call: HostCall, page: LockedPage) -> None:
+    """``pamt_unwalk`` before the end of the call."""
+    for lock in reversed(page.locks):
+        await call.locks.release(lock)
+
+
+# -- TDs -------------------------------------------------------------------------------------------------------------
+
+
+async def lock_tdr(call: HostCall, pa: int, operand: Operand, mode: Mode) -> Td:
+    """``check_lock_and_map_explicit_tdr``: the TD whose TDR is at ``pa``."""
+    await lock_page(call, pa, operand, mode, PageType.PT_TDR)
+    return call.module.td(pa)
+
+
+def check_build_state(td: Td) -> None:
+    """``check_td_in_correct_build_state``: not fatal, keys configured, TDCS pages added."""
+    check(not td.tdr.fatal, Status.TDX_TD_FATAL)
+    check(td.tdr.lifecycle_state == Lifecycle.KEYS_CONFIGURED, Status.TDX_TD_KEYS_NOT_CONFIGURED)
+    check(td.tdr.num_tdcx >= MIN_TDCS_PAGES, Status.TDX_TDCS_NOT_ALLOCATED)
+
+
+async def lock_op_state(call: HostCall, td: Td, mode: Mode | None = SHARED) -> None:
+    """``check_state_map_tdcs_and_lock``: build state, the OP_STATE lock (unless ``mode`` is None), and whether the TD's
+    operation state allows this leaf."""
+    check_build_state(td)
+    if mode is not None:
+        await call.locks.take(td.op_state_lock, mode, Operand.OP_STATE)
+    check(td.tdcs.op_state in op_state.HOST_ALLOWED[call.leaf], Status.TDX_OP_STATE_INCORRECT)
+
+
+# -- Secure EPT ------------------------------------------------------------------------------------------------------
+
+
+def decode_page_info(raw: int, lowest: Level, highest: Level, operand: Operand = Operand.RCX) -> PageInfo:
+    """``verify_page_info_input``: a GPA-and-level operand."""
+    info = PageInfo.decode(raw)
+    check(info.is_valid(lowest, highest), Status.TDX_OPERAND_INVALID, operand)
+    return info
+
+
+def walk_sept(module: Module, td: Td, gpa: int, level: int) -> SeptEntry:
+    """``secure_ept_walk``: towards ``level``, as far as non-leaf entries are mapped."""
+    table = td.tdcs.eptp & PAGE_MASK
+    at = td.tdcs.eptp >> 3 & 7
+    while True:
+        pa = table + 8 * level_index(gpa, at)
+        value = module.sept[pa]
+        if at == level or not value & sept.RWX or value & sept.PS:
+            return SeptEntry(pa, at, value, EntryLock(module.sept, pa))
+        table = value & PAGE_MASK
+        at -= 1
+
+
+async def lock_sept_and_walk(call: HostCall, td: Td, gpa: int, level: int, mode: Mode, operand: Operand) -> SeptEntry:
+    """``lock_sept_check_and_walk_private_gpa``: checks the GPA, takes the tree lock, walks to exactly ``level``.
+
+    A walk that ends early leaves the entry it met in RCX and RDX.
+
+    :raises Fail: OPERAND_INVALID or EPT_WALK_FAILED with ``operand``, OPERAND_BUSY with SEPT_TREE.
+    """
+    check(is_valid_gpa(gpa, td.tdcs.gpaw, private=True), Status.TDX_OPERAND_INVALID, operand)
+    await call.locks.take(td.secure_ept_lock, mode, Operand.SEPT_TREE)
+    entry = walk_sept(call.module, td, gpa, level)
+    if entry.level != level:
+        return_entry(call, entry)
+        raise Fail(Status.TDX_EPT_WALK_FAILED, operand)
+    return entry
+
+
+async def lock_sept_entry(call: HostCall, entry: SeptEntry, operand: Operand = Operand.RCX) -> None:
+    """``sept_lock_acquire_host``, then reads the entry again. When it is busy, RCX and RDX tell what the walk read."""
+    try:
+        await call.locks.take(entry.lock, EXCLUSIVE, operand)
+    except Fail:
+        return_entry(call, entry)
+        raise
+    entry.value = call.module.sept[entry.pa]
+
+
+def check_entry_allows(call: HostCall, entry: SeptEntry, operand: Operand = Operand.RCX) -> None:
+    """Whether the entry's state allows this leaf; else EPT_ENTRY_STATE_INCORRECT, with the entry in RCX and RDX."""
+    if entry.value & sept.STATE_MASK not in sept.HOST_ALLOWED[call.leaf]:
+        return_entry(call, entry)
+        raise Fail(Status.TDX_EPT_ENTRY_STATE_INCORRECT, operand)
+
+
+def return_entry(call: HostCall, entry: SeptEntry) -> None:
+    """``set_arch_septe_details_in_vmm_regs``: the entry as the VMM may see it, and its level and state."""
+    call.regs.rcx, call.regs.rdx = sept.arch_details(entry.value, entry.level)

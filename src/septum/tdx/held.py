@@ -1,0 +1,86 @@
+"""The locks that an interface function holds, in the order in which it took them."""
+
+from __future__ import annotations
+
+from septum.arch.operands import Operand
+from septum.arch.status import Status, with_operand
+from septum.core.trylocks import Mode, SanityCheckFailed, SharexHp, Taken, TryLock
+from septum.tdx.outcome import Fail, ModuleHalt
+
+_BUSY = {Taken.BUSY: Status.TDX_OPERAND_BUSY, Taken.PRIORITY: Status.TDX_OPERAND_BUSY_HOST_PRIORITY}
+
+
+class HeldLocks:
+    """Takes locks, and drops them in reverse order on every way out.
+
+    A lock that is busy fails the interface function with TDX_OPERAND_BUSY and the operand id given
+    (TDX_OPERAND_BUSY_HOST_PRIORITY for a guest that must give way).
+    """
+
+    __slots__ = ("_held", "guest")
+
+    def __init__(self, *, guest: bool = False) -> None:
+        self.guest = guest
+        self._held: list[tuple[TryLock, Mode]] = []
+
+    async def take(self, lock: TryLock, mode: Mode, operand: Operand | int) -> None:
+        """One attempt at ``lock``.
+
+        :raises Fail: when it is busy.
+        """
+        try:
+            taken = await lock.acquire(mode, guest=self.guest)
+        except SanityCheckFailed as halt:
+            raise ModuleHalt(str(halt)) from None
+        if taken is not Taken.YES:
+            raise Fail(with_operand(_BUSY[taken], operand))
+        self._held.append((lock, mode))
+
+    async def promote(self, lock: SharexHp, operand: Operand | int) -> None:
+        """From shared to exclusive; on failure the shared hold is dropped with the rest.
+
+        :raises Fail: when another holds it shared.
+        """
+        place = self._place(lock)
+        try:
+            taken = await lock.promote()
+        except SanityCheckFailed as halt:
+            raise ModuleHalt(str(halt)) from None
+        if taken is not Taken.YES:
+            raise Fail(with_operand(Status.TDX_OPERAND_BUSY, operand))
+        self._held[place] = (lock, Mode.EXCLUSIVE)
+
+    async def release(self, lock: TryLock) -> None:
+        """Lets go of one lock before the others."""
+        held, mode = self._held.pop(self._place(lock))
+        await self._let_go(held, mode)
+
+    def forget(self, lock: TryLock) -> None:
+        """The lock was released by a write to the word that holds it (a Secure EPT entry), or is handed on."""
+        self._held.pop(self._place(lock))
+
+    async def drop(self) -> None:
+        """Lets go of all locks, last taken first."""
+        held = self._held
+        while held:
+            lock, mode = held.pop()
+            await self._let_go(lock, mode)
+
+    def hand_over(self) -> list[tuple[TryLock, Mode]]:
+        """Gives up ownership without releasing: TDH.VP.ENTER keeps locks while the guest runs."""
+        held, self._held = self._held, []
+        return held
+
+    def adopt(self, held: list[tuple[TryLock, Mode]]) -> None:
+        """Takes ownership of locks that :meth:`hand_over` gave up."""
+        self._held += held
+
+    def _place(self, lock: TryLock) -> int:
+        return next(i for i, (held, _) in enumerate(self._held) if held is lock)
+
+    @staticmethod
+    async def _let_go(lock: TryLock, mode: Mode) -> None:
+        try:
+            await lock.release(mode)
+        except SanityCheckFailed as halt:
+            raise ModuleHalt(str(halt)) from None

@@ -1,0 +1,164 @@
+"""The module as a whole: its state, and the door through which SEAMCALLs come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from septum.arch import leaves, sept
+from septum.arch.leaves import HostLeaf
+from septum.arch.op_state import SysState
+from septum.arch.operands import Operand
+from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, PaFormat, is_below_max_pa, overlaps
+from septum.arch.pamt import PageType
+from septum.arch.platform import Platform
+from septum.arch.status import Status
+from septum.core.cells import SharedMap
+from septum.tdx.call import HostCall
+from septum.tdx.host import HANDLERS
+from septum.tdx.outcome import Fail, ModuleHalt, check
+from septum.tdx.registers import Regs
+from septum.tdx.state.memory import Memory, PamtEntry
+from septum.tdx.state.platform import KotEntry, Lp, Sys, TdmrState
+from septum.tdx.state.td import Td
+from septum.tdx.state.vp import Vp
+
+FREE_PAGE = PamtEntry(PageType.PT_NDA, 0, 0)
+RESERVED_PAGE = PamtEntry(PageType.PT_RSVD, 0, 0)
+
+
+#: Leaves with more than one version; for all others RAX with a version is invalid.
+VERSIONED = frozenset(
+    {
+        HostLeaf.TDH_MEM_PAGE_PROMOTE,
+        HostLeaf.TDH_MEM_SEPT_ADD,
+        HostLeaf.TDH_MEM_SEPT_REMOVE,
+        HostLeaf.TDH_MNG_RD,
+        HostLeaf.TDH_VP_RD,
+    }
+)
+#: Leaves that work before the module is ready.
+BEFORE_READY = frozenset(
+    {
+        HostLeaf.TDH_SYS_INFO,
+        HostLeaf.TDH_SYS_RD,
+        HostLeaf.TDH_SYS_RDALL,
+        HostLeaf.TDH_SYS_INIT,
+        HostLeaf.TDH_SYS_LP_INIT,
+        HostLeaf.TDH_SYS_CONFIG,
+        HostLeaf.TDH_SYS_KEY_CONFIG,
+        HostLeaf.TDH_SYS_LP_SHUTDOWN,
+        HostLeaf.TDH_SYS_UPDATE,
+    }
+)
+
+
+class Module:
+    """TDX Module 1.5.01 on a platform, from power-on.
+
+    All its state is in cells: ``memory`` (page contents), ``pamt`` (page metadata: only entries that are not at rest),
+    ``sept`` (Secure EPT entries by physical address), ``locks`` (lock words that are not 0), and the records behind
+    :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``.
+    """
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self.pa_format = PaFormat(platform.max_pa, platform.keyid_bits)
+        self.memory = Memory()
+        self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
+        self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)
+        self.pamt: SharedMap[int, PamtEntry] = SharedMap("pamt", None)
+        self.sys = Sys("SYS")
+        self.lps = [Lp(f"LP{lp.index}", index=lp.index, package=lp.package) for lp in platform.lps]
+        self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.num_keyids)]
+        self.tdmrs: list[TdmrState] = [TdmrState(f"TDMR{i}", base=0, size=0) for i in range(64)]
+        self._tds: dict[int, Td] = {}
+        self._vps: dict[int, Vp] = {}
+
+    # -- objects behind physical pages -----------------------------------------------------------------------------
+
+    def td(self, pa: int) -> Td:
+        """The TD whose TDR is (or could be) the page at ``pa``."""
+        found = self._tds.get(pa)
+        if found is None:
+            found = self._tds[pa] = Td(pa, self.locks)
+        return found
+
+    def vp(self, pa: int) -> Vp:
+        """The VCPU whose TDVPR is (or could be) the page at ``pa``."""
+        found = self._vps.get(pa)
+        if found is None:
+            found = self._vps[pa] = Vp(pa)
+        return found
+
+    # -- physical memory -------------------------------------------------------------------------------------------
+
+    def is_shared_hpa(self, pa: int, size: int) -> bool:
+        """``shared_hpa_check``: below MAX_PA, outside SEAMRR, with an HKID that is not private."""
+        seamrr_base, seamrr_size = self.platform.seamrr
+        return (
+            is_below_max_pa(pa)
+            and not overlaps(self.pa_format.address(pa), size, seamrr_base, seamrr_size)
+            and self.pa_format.hkid(pa) < self.platform.private_hkid_min
+        )
+
+    def tdmr_of(self, pa: int) -> TdmrState | None:
+        """The configured TDMR that holds an address."""
+        return next((tdmr for tdmr in self.tdmrs if tdmr.base <= pa < tdmr.base + tdmr.size), None)
+
+    def is_covered_by_pamt(self, pa: int) -> bool:
+        """``pamt_get_block``: in a TDMR, in a 1 GiB block that TDH.SYS.TDMR.INIT has finished."""
+        tdmr = self.tdmr_of(pa)
+        return tdmr is not None and pa < tdmr.next & -PAGE_1G
+
+    def pamt_entry(self, key: int) -> PamtEntry:
+        """The PAMT entry named by ``page address | level``."""
+        entry = self.pamt.get(key)
+        if entry is not None:
+            return entry
+        return FREE_PAGE if key & 3 or not self.is_reserved(key) else RESERVED_PAGE
+
+    def is_reserved(self, pa: int) -> bool:
+        """Whether a page lies in a reserved area of its TDMR."""
+        tdmr = self.tdmr_of(pa)
+        return tdmr is not None and any(o <= pa - tdmr.base < o + size for o, size in tdmr.reserved)
+
+    def is_2m_range_free(self, pa: int) -> bool:
+        """``pamt_is_2mb_range_free``: all 512 entries of 4 KiB are free."""
+        return all(self.pamt_entry(page).page_type == PageType.PT_NDA for page in range(pa, pa + PAGE_2M, PAGE_4K))
+
+    # -- the call --------------------------------------------------------------------------------------------------
+
+    async def seamcall(self, lp: int, regs: Regs) -> Regs:
+        """SEAMCALL on logical processor ``lp``; leaf and version in RAX. Changes and returns ``regs``.
+
+        When TDH.VP.ENTER has entered the TD, ``lps[lp].running`` tells the VCPU and :meth:`td_exit` goes on from there.
+
+        :raises ModuleHalt: when a sanity check fails, or the module has halted before.
+        """
+        if self.sys.halted:
+            raise ModuleHalt(self.sys.halted)
+        rax = regs.rax
+        leaf, version = rax & leaves.LEAF_MASK, rax >> leaves.VERSION_SHIFT & leaves.VERSION_MASK
+        call = HostCall(self, self.lps[lp], regs, leaf, version)
+        try:
+            regs.rax = await self._dispatch(call, rax)
+        except Fail as fail:
+            regs.rax = fail.status
+        except ModuleHalt as halt:
+            self.sys.halted = str(halt)
+            raise
+        await call.locks.drop()
+        return regs
+
+    async def _dispatch(self, call: HostCall, rax: int) -> int:
+        """The checks of ``tdx_vmm_dispatcher`` and the interface function itself."""
+        handler = HANDLERS.get(call.leaf)
+        reserved = rax & leaves.RESERVED_MASK or (call.version and call.leaf not in VERSIONED)
+        check(not reserved, Status.TDX_OPERAND_INVALID, Operand.RAX)
+        state = self.sys.state
+        if state != SysState.READY:
+            check(state != SysState.SHUTDOWN or call.leaf == HostLeaf.TDH_SYS_LP_SHUTDOWN, Status.TDX_SYS_SHUTDOWN)
+            check(call.leaf in BEFORE_READY, Status.TDX_SYS_NOT_READY)
+        if handler is None:
+            raise Fail(Status.TDX_OPERAND_INVALID, Operand.RAX)
+        return await handler(call)

@@ -1,0 +1,54 @@
+"""General-purpose registers of one SEAMCALL or TDCALL, as the caller left them and as the callee leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+#: In the order of their numbers; RSP is not an operand of any leaf.
+GPR_NAMES: Final = (
+    "rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+U64: Final = (1 << 64) - 1
+
+
+class Regs:
+    """Fifteen 64-bit registers, all 0 unless given."""
+
+    __slots__ = GPR_NAMES
+    rax: int
+    rcx: int
+    rdx: int
+    rbx: int
+    rbp: int
+    rsi: int
+    rdi: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+
+    def __init__(
+        self, rax: int = 0, rcx: int = 0, rdx: int = 0, r8: int = 0, r9: int = 0, r10: int = 0, r11: int = 0
+    ) -> None:
+        self.rax, self.rcx, self.rdx, self.r8, self.r9, self.r10, self.r11 = rax, rcx, rdx, r8, r9, r10, r11
+        self.rbx = self.rbp = self.rsi = self.rdi = self.r12 = self.r13 = self.r14 = self.r15 = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, int]) -> Regs:
+        """Registers from a mapping of lower-case names."""
+        regs = cls()
+        for name, value in values.items():
+            setattr(regs, name, value)
+        return regs
+
+    def values(self) -> dict[str, int]:
+        """All registers by name."""
+        return {name: getattr(self, name) for name in GPR_NAMES}
+
+    def __repr__(self) -> str:
+        return "Regs(" + ", ".join(f"{n}={v:#x}" for n, v in self.values().items() if v) + ")"
