@@ -2,9 +2,9 @@
 # that it needs. PYTHON=/path/to/python3.12 chooses another interpreter, VENV=DIR another place.
 
 VENV ?= .venv
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 ifndef PYTHON
-PYTHON := $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
-	command -v $(name) >/dev/null && $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $(name))))
+PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name $(NEW_ENOUGH) && echo $$name && break; done)
 endif
 BIN := $(VENV)/bin
 
@@ -35,7 +35,7 @@ lint: $(VENV)/.septum-dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.septum-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
@@ -46,9 +46,9 @@ $(VENV)/.septum-dev: EXTRA := [dev]
 $(VENV)/.septum-docs: EXTRA := [docs]
 $(VENV)/.septum $(VENV)/.septum-dev $(VENV)/.septum-docs: pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo "septum needs Python 3.11 or later: install it, or say make PYTHON=/path/to/python3" >&2; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" $(NEW_ENOUGH) || \
 		{ echo "septum needs Python 3.11 or later, and $(PYTHON) is not: say make PYTHON=/path/to/python3" >&2; exit 2; }
-	@[ -x $(BIN)/python ] || { "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null && "$(PYTHON)" -m venv $(VENV); } || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null && "$(PYTHON)" -m venv $(VENV); } || \
 		{ echo "septum needs Python's venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
 	@echo "installing septum$(EXTRA) into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".$(EXTRA)"
