@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from septum.arch.leaves import GuestLeaf, HostLeaf
 from septum.arch.pages import Level
 from septum.arch.sept import SeptState as S
 
-SHARED = Path(os.environ.get("SEPTUM_SHARED", Path(__file__).parents[2].parent / "shared"))
 PAGE = 0x1234567000
 states = st.sampled_from([*S])
 entries = st.builds(lambda state, rest: rest & ~sept.STATE_MASK | state, states, st.integers(0, (1 << 64) - 1))
@@ -126,11 +124,9 @@ def test_state_names() -> None:
     assert sept.arch_state_name(99) == "state 99"
 
 
-def test_recorded_entries_have_the_modelled_form() -> None:
+def test_recorded_entries_have_the_modelled_form(shared: Path) -> None:
     """Whatever TDH.MEM.SEPT.RD returned on the real module, the modelled entry of that state reads the same."""
-    recording = SHARED / "vectors" / "dev" / "lifecycle.jsonl.gz"
-    if not recording.exists():
-        pytest.skip(f"recorded vectors not found ({recording}); set SEPTUM_SHARED")
+    recording = shared / "vectors" / "dev" / "lifecycle.jsonl.gz"
     seen = set()
     with gzip.open(recording, "rt") as lines:
         for line in lines:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from septum.arch import status
 from septum.arch.errors import UsageError
 from septum.arch.operands import Operand, operand_name
 from septum.arch.status import SeamcallFailure, Status, decode
-
-SHARED = Path(os.environ.get("SEPTUM_SHARED", Path(__file__).parents[2].parent / "shared"))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +95,8 @@ def test_every_64_bit_number_decodes(code: int) -> None:
     assert decoded.known or decoded.name.startswith("0x")
 
 
-def test_statuses_of_recorded_calls_have_the_recorded_names() -> None:
-    recording = SHARED / "vectors" / "dev" / "errors.jsonl.gz"
-    if not recording.exists():
-        pytest.skip(f"recorded vectors not found ({recording}); set SEPTUM_SHARED")
+def test_statuses_of_recorded_calls_have_the_recorded_names(shared: Path) -> None:
+    recording = shared / "vectors" / "dev" / "errors.jsonl.gz"
     seen = 0
     with gzip.open(recording, "rt") as lines:
         for line in lines:
