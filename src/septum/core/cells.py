@@ -8,12 +8,14 @@ items.
 In a live run (solo, replay, random, timed) that is exactly what they are: slots and dictionary entries, with no
 overhead. The explorer swaps the class of every object for a *tracked twin* with the same layout, whose accesses go
 through a :class:`Recorder`. So one source runs at full speed and can also be taken apart cell by cell, and no model
-code knows which of the two is happening.
+code knows which of the two is happening. A :class:`Journal` does the same with twins that only log what a write
+replaces, so that a machine can be put back to an earlier state in time proportional to what was written since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, dataclass_transform
 
 K = TypeVar("K")
@@ -39,6 +41,7 @@ class World:
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self._names: dict[str, int] = {}
+        self._dress: Callable[[type], type] | None = None
         self.recorder: Recorder | None = None
 
     def adopt(self, obj: Any, name: str) -> str:
@@ -46,25 +49,59 @@ class World:
         seen = self._names.get(name, 0)
         self._names[name] = seen + 1
         self.objects.append(obj)
-        if self.recorder is not None:
-            object.__setattr__(obj, "__class__", twin(type(obj)))
+        if self._dress is not None:
+            object.__setattr__(obj, "__class__", self._dress(type(obj)))
         return name if not seen else f"{name}#{seen}"
 
     def track(self, recorder: Recorder | None) -> None:
         """Turns tracking on (with a recorder) or off (with ``None``) for every object of the world."""
-        switch = (self.recorder is None) != (recorder is None)
         self.recorder = recorder
         Tracking.recorder = recorder
-        if switch:
-            for obj in self.objects:
-                plain = type(obj).__base__ if recorder is None else type(obj)
-                object.__setattr__(obj, "__class__", plain if recorder is None else twin(type(obj)))
+        self.dress(twin if recorder is not None else None)
+
+    def dress(self, to_twin: Callable[[type], type] | None) -> None:
+        """Gives every object of the world, now and later, the twin of its class (``None``: its own class again)."""
+        if to_twin is self._dress:
+            return
+        for obj in self.objects:
+            plain = type(obj) if self._dress is None else type(obj).__mro__[1]
+            object.__setattr__(obj, "__class__", plain if to_twin is None else to_twin(plain))
+        self._dress = to_twin
+
+
+class Journal:
+    """An undo log: what every write to a cell of a world has replaced, in order.
+
+    Writing costs a list entry, reading nothing. Marks nest: ``undo`` to an earlier mark also undoes what later ones
+    kept. One journal at a time is in force in a process; objects made meanwhile stay, with the values they began with.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._log: list[tuple[Any, Any, Any]] = []
+        Tracking.log = self._log
+        world.dress(logging_twin)
+
+    def mark(self) -> int:
+        """A name for the present state."""
+        return len(self._log)
+
+    def undo(self, mark: int) -> None:
+        """Puts every cell back to what it was at ``mark``."""
+        log = self._log
+        while len(log) > mark:
+            poke(*log.pop())
+
+    def close(self) -> None:
+        """Stops logging; the world keeps its state."""
+        self._world.dress(None)
 
 
 class Tracking:
-    """The recorder in force and the world that adopts new objects (one scenario runs at a time in a process)."""
+    """What is in force: recorder, log, and the world that adopts new objects (one scenario at a time in a process)."""
 
     recorder: ClassVar[Recorder | None] = None
+    log: ClassVar[list[tuple[Any, Any, Any]]] = []
     world: ClassVar[World] = World()
 
 
@@ -137,7 +174,7 @@ class SharedMap(dict[K, V], Generic[K, V]):
         """All entries in key order (only for maps made with ``iterated=True``)."""
         if not self.iterated:
             raise TypeError(f"{self.name} is not an iterated map")
-        return sorted(self.items())  # type: ignore[type-var]
+        return sorted(self.items(), key=itemgetter(0))
 
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
@@ -162,12 +199,41 @@ def twin(cls: type) -> type:
     """The tracked class of ``cls``: same layout, every access through the recorder."""
     found = _twins.get(cls)
     if found is None:
-        if issubclass(cls, SharedMap):
-            found = type(cls)(cls.__name__, (cls,), _map_twin_space())
-        else:
-            found = type(cls)(cls.__name__, (cls,), _record_twin_space(cls))
+        space = _map_twin_space() if issubclass(cls, SharedMap) else _record_twin_space(cls)
+        metaclass: Any = type(cls)
+        found = metaclass(cls.__name__, (cls,), space)
         _twins[cls] = found
     return found
+
+
+_logging_twins: dict[type, type] = {}
+
+
+def logging_twin(cls: type) -> type:
+    """The class of ``cls`` in a journaled world: same layout, reads as before, writes log the value they replace."""
+    found = _logging_twins.get(cls)
+    if found is None:
+        space = _logging_map_space() if issubclass(cls, SharedMap) else {"__setattr__": _logging_setattr}
+        found = _logging_twins[cls] = type(cls)(cls.__name__, (cls,), {"__slots__": (), **space})
+    return found
+
+
+def _logging_setattr(self: Any, field: str, value: Any) -> None:
+    Tracking.log.append((self, field, getattr(self, field)))
+    object.__setattr__(self, field, value)
+
+
+def _logging_map_space() -> dict[str, Any]:
+    def put(self: Any, key: Any, value: Any) -> None:
+        Tracking.log.append((self, key, _raw_get(self, key, self.default)))
+        dict.__setitem__(self, key, value)
+
+    def pop(self: Any, key: Any, *default: Any) -> Any:
+        if _raw_contains(self, key):
+            Tracking.log.append((self, key, _raw_get(self, key)))
+        return dict.pop(self, key, *default)
+
+    return {"__setitem__": put, "__delitem__": lambda self, key: pop(self, key) and None, "pop": pop}
 
 
 def cells_of(cls: type) -> dict[str, Any]:
