@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -105,7 +105,6 @@ class Tracking:
     world: ClassVar[World] = World()
 
 
-@dataclass_transform(eq_default=False, kw_only_default=True)
 class _SharedMeta(type):
     """Turns annotations into slots and remembers their defaults."""
 

@@ -1,8 +1,8 @@
 """The state explorer's kernel: every reachable state of a scenario, once.
 
-Tasks are explored as automata. A task's coroutine is run only when something new can be learnt: from local state *L*, in
-a shared state that differs from all earlier ones in some cell that the step reads. What it read, what it wrote and
-the local state that followed are filed in *L*'s decision tree, whose inner nodes are cells and whose leaves are
+Tasks are explored as automata. A task's coroutine is run only when something new can be learnt: from local state *L*,
+in a shared state that differs from all earlier ones in some cell that the step reads. What it read, what it wrote
+and the local state that followed are filed in *L*'s decision tree, whose inner nodes are cells and whose leaves are
 effects. From then on a transition is a few dictionary look-ups: no coroutine runs, nothing is copied unless the
 state is new.
 
@@ -187,7 +187,10 @@ class Explorer:
     def explore(
         self, bounds: Bounds | None = None, progress: Callable[[int, int, int, int], None] | None = None
     ) -> Verdict:
-        """Looks at every state within ``bounds``. ``progress(states, transitions, depth, frontier)`` is called at times."""
+        """Looks at every state within ``bounds``.
+
+        ``progress(states, transitions, depth, frontier)`` is called after each level.
+        """
         bounds = bounds or Bounds()
         start = time.perf_counter()
         verdict = Verdict("proved")
@@ -239,7 +242,7 @@ class Explorer:
             following: list[tuple[Any, list[Any]]] = []
             for name, vector in level:
                 if len(vector) < len(initial):
-                    vector += initial[len(vector) :]
+                    vector.extend(initial[len(vector) :])
                 moves = 0
                 for task in tasks:
                     node = trees[vector[task]]
@@ -352,7 +355,7 @@ class Explorer:
         path = [(self._cells[cell], value) for cell, value in reads.items() if cell in self._cells]
         if not path:
             return leaf
-        root = tree if tree is not None else [path[0][0], {}]
+        root: list[Any] = tree if tree is not None else [path[0][0], {}]
         node = root
         for (place, value), following in zip(path, [*path[1:], None], strict=True):
             require(node[0] == place, "deterministic tasks", "a step read other cells after reading equal values")
@@ -410,6 +413,7 @@ class Explorer:
             local.spare = body
             local.tree = self._trees[local.number] = self._file(local.tree, recording.first, _BLOCKED)
             return _BLOCKED
+        recording.log.clear()  # the log is what the step itself reads; nobody asks the guard in a replay
         try:
             step = body.send(None)
         except StopIteration as end:

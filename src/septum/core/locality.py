@@ -34,7 +34,8 @@ _PLAIN = (
     types.ModuleType,
     types.BuiltinFunctionType,
 )
-_ITERATORS = tuple(type(iter(kind)) for kind in ((), [], range(0), "", b"", {}, {}.values(), {}.items(), set()))
+_EXAMPLES: tuple[Any, ...] = ((), [], range(0), "", b"", {}, {}.values(), {}.items(), set())
+_ITERATORS = tuple(type(iter(example)) for example in _EXAMPLES)
 _NO_FALLTHROUGH = {"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD",
                    "JUMP_BACKWARD_NO_INTERRUPT", "INTERPRETER_EXIT"}  # fmt: skip
 
@@ -76,7 +77,7 @@ def _frame(body: Any, frame: types.FrameType, inner: Any, seen: set[int]) -> tup
     return (code, frame.f_lasti, named, tuple(freeze(value, seen) for value in stack if value is not inner))
 
 
-def freeze(value: Any, seen: set[int] | None = None) -> Any:  # noqa: PLR0911 -- one case per kind of value
+def freeze(value: Any, seen: set[int] | None = None) -> Any:
     """A hashable stand-in for ``value``: equal stand-ins mean values that model code cannot tell apart."""
     if isinstance(value, bool):
         return ("bool", value)
@@ -129,7 +130,7 @@ def live_variables(code: types.CodeType) -> dict[int, tuple[str, ...]]:
     """
     instructions = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
     offsets = [i.offset for i in instructions]
-    follow = {here: after for here, after in zip(offsets, [*offsets[1:], None], strict=True)}
+    follow = dict(zip(offsets, [*offsets[1:], None], strict=True))
     handlers = dis._parse_exception_table(code)  # type: ignore[attr-defined]
     jumps = {*dis.hasjrel, *dis.hasjabs}
     successors: dict[int, list[int]] = {}

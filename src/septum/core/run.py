@@ -1,8 +1,8 @@
 """Live runs: one task takes a step, then the scheduler chooses the next.
 
 A scheduler is a *chooser*: a function from the tasks that can go on, and the one that went last, to the next one.
-:func:`solo` is the chooser that stays with a task until it has to wait; at granularity ``SOLO`` it makes model code run as
-plain calls.
+:func:`solo` is the chooser that stays with a task until it has to wait; at granularity ``SOLO`` it makes model code
+run as plain calls.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def recorded(schedule: Sequence[int]) -> Chooser:
 class Outcome:
     """How a live run ended.
 
-    ``violation`` is the property that failed and ``message`` what happened, if anything failed. ``results`` has what each
-    task's coroutine returned, in task order (``None`` for one that did not finish).
+    ``violation`` is the property that failed and ``message`` what happened, if anything failed. ``results`` has what
+    each task's coroutine returned, in task order (``None`` for one that did not finish).
     """
 
     trace: Trace

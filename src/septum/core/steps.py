@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from septum.core.trace import Trace
 
 #: Granularity of steps. ``SOLO``: none, only waits. ``CALLS``: before each lock attempt and release, blocking
-#: operation and explicit step. ``PRIMITIVES``: before and after each lock primitive (the ``op`` level of the recorded interleavings).
-#: ``ATOMICS``: also between the atomic instructions inside a primitive.
+#: operation and explicit step. ``PRIMITIVES``: before and after each lock primitive (the ``op`` level of the recorded
+#: interleavings). ``ATOMICS``: also between the atomic instructions inside a primitive.
 SOLO, CALLS, PRIMITIVES, ATOMICS = range(4)
 
 

@@ -52,7 +52,7 @@ def pack_schedule(schedule: array[int] | list[int]) -> str:
 def unpack_schedule(text: str, *, tasks: int, limit: int = 10_000_000) -> list[int]:
     """The inverse of :func:`pack_schedule`.
 
-    :raises UsageError: for text that is no schedule, names a task that does not exist, or has more than ``limit`` steps.
+    :raises UsageError: for text that is no schedule, names a task that does not exist, or exceeds ``limit`` steps.
     """
     schedule: list[int] = []
     for place, word in enumerate(text.split(), 1):

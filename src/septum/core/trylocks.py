@@ -1,7 +1,7 @@
 """The TDX Module's locks: words in memory, attempts that never wait.
 
-A lock is a *view*: the map that holds its word, and the key of the word in it. Views are cheap, hold no state and may be
-made on the fly, so a machine with millions of PAMT entries has lock words only where a lock is taken. Every
+A lock is a *view*: the map that holds its word, and the key of the word in it. Views are cheap, hold no state and may
+be made on the fly, so a machine with millions of PAMT entries has lock words only where a lock is taken. Every
 primitive is one step (two or more at ``ATOMICS`` granularity, one for each atomic instruction of the real code), and
 leaves in the word what the real code leaves, also when it fails.
 
