@@ -17,6 +17,7 @@ from septum.tdx.call import HostCall
 from septum.tdx.host import HANDLERS
 from septum.tdx.outcome import Fail, ModuleHalt, check
 from septum.tdx.registers import Regs
+from septum.tdx.state.hardware import Hardware
 from septum.tdx.state.memory import Memory, PamtEntry
 from septum.tdx.state.platform import KotEntry, Lp, Sys, TdmrState
 from septum.tdx.state.td import Td
@@ -57,12 +58,13 @@ class Module:
 
     All its state is in cells: ``memory`` (page contents), ``pamt`` (page metadata: only entries that are not at rest),
     ``sept`` (Secure EPT entries by physical address), ``locks`` (lock words that are not 0), and the records behind
-    :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``.
+    :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``. ``hardware`` is where it gets time, entropy and MSRs from.
     """
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
         self.pa_format = PaFormat(platform.max_pa, platform.keyid_bits)
+        self.hardware = Hardware(platform.cpu)
         self.memory = Memory()
         self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)

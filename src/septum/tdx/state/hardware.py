@@ -1,0 +1,72 @@
+"""What the module gets from the hardware when it asks: time, random numbers, MSRs, the outcome of PCONFIG.
+
+Model code never invents such values. A harness sets them in these cells; the defaults are a machine on which nothing
+goes wrong and time stands still.
+"""
+
+from __future__ import annotations
+
+from septum.arch.cpuid import CpuModel
+from septum.core.cells import Shared, SharedMap
+
+U64 = (1 << 64) - 1
+IA32_INTR_PENDING = 0x9A
+"""Not 0: an interrupt for the host is pending on the LP, so that long-running functions stop to let it in."""
+
+
+class HardwareInputs(Shared):
+    """Platform-wide inputs."""
+
+    tsc: int = 1 << 32
+    """What RDTSC read last."""
+    tsc_step: int = 0
+    """Ticks that go by before each RDTSC of the module."""
+    entropy: int = 42
+    """State of the stream of random numbers (splitmix64)."""
+    entropy_exhausted: bool = False
+    """RDSEED and RDRAND have nothing to give."""
+    pconfig_error: int = 0
+    """What PCONFIG answers (`PconfigStatus`)."""
+
+
+class Hardware:
+    """The inputs, and MSRs that were changed after power-on, by LP and address."""
+
+    __slots__ = ("cpu", "inputs", "msrs")
+
+    def __init__(self, cpu: CpuModel) -> None:
+        self.cpu = cpu
+        self.inputs = HardwareInputs("HARDWARE")
+        self.msrs: SharedMap[tuple[int, int], int | None] = SharedMap("MSRS")
+
+    def rdtsc(self) -> int:
+        """RDTSC."""
+        inputs = self.inputs
+        tsc = inputs.tsc
+        if inputs.tsc_step:
+            tsc = inputs.tsc = (tsc + inputs.tsc_step) & U64
+        return tsc
+
+    def random(self) -> int | None:
+        """RDSEED or RDRAND: 64 bits, or None without entropy."""
+        inputs = self.inputs
+        if inputs.entropy_exhausted:
+            return None
+        state = inputs.entropy = (inputs.entropy + 0x9E37_79B9_7F4A_7C15) & U64
+        state = (state ^ state >> 30) * 0xBF58_476D_1CE4_E5B9 & U64
+        state = (state ^ state >> 27) * 0x94D0_49BB_1331_11EB & U64
+        return state ^ state >> 31
+
+    def random_256(self) -> tuple[int, int, int, int] | None:
+        """Four 64-bit random numbers, or None without entropy (``generate_256bit_random``)."""
+        words = (self.random(), self.random(), self.random(), self.random())
+        return None if None in words else words  # type: ignore[return-value]
+
+    def rdmsr(self, lp: int, address: int) -> int:
+        """RDMSR on a logical processor."""
+        changed = self.msrs[lp, address]
+        return self.cpu.msr(address) if changed is None else changed
+
+    def interrupt_pending(self, lp: int) -> bool:
+        """Whether an interrupt for the host is pending on a logical processor."""
+        return self.rdmsr(lp, IA32_INTR_PENDING) != 0
