@@ -125,7 +125,7 @@ async def walk_pamt(call: HostCall, pa: int, operand: Operand, mode: Mode, size:
         lock = PamtLock(module.locks, key)
         await locks.take(lock, SHARED, operand)
         taken += (lock,)
-        if level == size or module.pamt_entry(key).page_type == PageType.PT_REG:
+        if level == size or module.pamt_entry(key).page_type == PageType.REG:
             if mode is EXCLUSIVE:
                 await locks.promote(lock, operand)
             return LockedPage(pa, key, taken)
@@ -140,7 +140,7 @@ async def lock_free_page(call: HostCall, pa: int, operand: Operand, size: int = 
 
     For 2 MiB, all 512 entries below must be free too.
     """
-    page = await lock_page(call, pa, operand, EXCLUSIVE, PageType.PT_NDA, size)
+    page = await lock_page(call, pa, operand, EXCLUSIVE, PageType.NDA, size)
     check(size != Level.PD or call.module.is_2m_range_free(pa), Status.TDX_PAGE_METADATA_INCORRECT, operand)
     return page
 
@@ -156,7 +156,7 @@ async def unlock_page(call: HostCall, page: LockedPage) -> None:
 
 async def lock_tdr(call: HostCall, pa: int, operand: Operand, mode: Mode) -> Td:
     """``check_lock_and_map_explicit_tdr``: the TD whose TDR is at ``pa``."""
-    await lock_page(call, pa, operand, mode, PageType.PT_TDR)
+    await lock_page(call, pa, operand, mode, PageType.TDR)
     return call.module.td(pa)
 
 

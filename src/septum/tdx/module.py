@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from septum.arch import leaves, sept
+from septum.arch.cpuid import CpuModel, recording_cpu
 from septum.arch.leaves import HostLeaf
 from septum.arch.op_state import SysState
 from septum.arch.operands import Operand
-from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, PaFormat, is_below_max_pa, overlaps
+from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, is_below_max_pa, overlaps
 from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
@@ -23,8 +24,8 @@ from septum.tdx.state.platform import KotEntry, Lp, Sys, TdmrState
 from septum.tdx.state.td import Td
 from septum.tdx.state.vp import Vp
 
-FREE_PAGE = PamtEntry(PageType.PT_NDA, 0, 0)
-RESERVED_PAGE = PamtEntry(PageType.PT_RSVD, 0, 0)
+FREE_PAGE = PamtEntry(PageType.NDA, 0, 0)
+RESERVED_PAGE = PamtEntry(PageType.RSVD, 0, 0)
 
 
 #: Leaves with more than one version; for all others RAX with a version is invalid.
@@ -61,17 +62,17 @@ class Module:
     :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``. ``hardware`` is where it gets time, entropy and MSRs from.
     """
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, cpu: CpuModel | None = None) -> None:
         self.platform = platform
-        self.pa_format = PaFormat(platform.max_pa, platform.keyid_bits)
-        self.hardware = Hardware(platform.cpu)
+        self.pa_format = platform.pa_format
+        self.hardware = Hardware(cpu or recording_cpu())
         self.memory = Memory()
         self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)
         self.pamt: SharedMap[int, PamtEntry] = SharedMap("pamt", None)
         self.sys = Sys("SYS")
-        self.lps = [Lp(f"LP{lp.index}", index=lp.index, package=lp.package) for lp in platform.lps]
-        self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.num_keyids)]
+        self.lps = [Lp(f"LP{i}", index=i, package=package) for i, package in enumerate(platform.lp_package)]
+        self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.private_hkids.stop)]
         self.tdmrs: list[TdmrState] = [TdmrState(f"TDMR{i}", base=0, size=0) for i in range(64)]
         self._tds: dict[int, Td] = {}
         self._vps: dict[int, Vp] = {}
@@ -100,7 +101,7 @@ class Module:
         return (
             is_below_max_pa(pa)
             and not overlaps(self.pa_format.address(pa), size, seamrr_base, seamrr_size)
-            and self.pa_format.hkid(pa) < self.platform.private_hkid_min
+            and self.pa_format.hkid(pa) < self.platform.private_hkids.start
         )
 
     def tdmr_of(self, pa: int) -> TdmrState | None:
@@ -126,7 +127,7 @@ class Module:
 
     def is_2m_range_free(self, pa: int) -> bool:
         """``pamt_is_2mb_range_free``: all 512 entries of 4 KiB are free."""
-        return all(self.pamt_entry(page).page_type == PageType.PT_NDA for page in range(pa, pa + PAGE_2M, PAGE_4K))
+        return all(self.pamt_entry(page).page_type == PageType.NDA for page in range(pa, pa + PAGE_2M, PAGE_4K))
 
     # -- the call --------------------------------------------------------------------------------------------------
 

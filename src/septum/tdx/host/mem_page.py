@@ -54,7 +54,7 @@ async def tdh_mem_page_aug(call: HostCall) -> int:
     call.locks.forget(entry.lock)
     await step("xadd", "TDR.CHLDCNT")
     td.tdr.chldcnt += 1 << 9 * info.level
-    module.pamt[page.key] = PamtEntry(PageType.PT_REG, td.pa, 0)
+    module.pamt[page.key] = PamtEntry(PageType.REG, td.pa, 0)
     return Status.TDX_SUCCESS
 
 
