@@ -65,7 +65,7 @@ class Module:
     def __init__(self, platform: Platform, cpu: CpuModel | None = None) -> None:
         self.platform = platform
         self.pa_format = platform.pa_format
-        self.hardware = Hardware(cpu or recording_cpu())
+        self.hardware = Hardware(platform, cpu or recording_cpu())
         self.memory = Memory()
         self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)

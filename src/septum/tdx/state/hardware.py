@@ -1,12 +1,12 @@
 """What the module gets from the hardware when it asks: time, random numbers, MSRs, the outcome of PCONFIG.
 
-Model code never invents such values. A harness sets them in these cells; the defaults are a machine on which nothing
-goes wrong and time stands still.
+Model code never invents such values. A harness sets them in these cells; as they are at the start, nothing goes wrong.
 """
 
 from __future__ import annotations
 
 from septum.arch.cpuid import CpuModel
+from septum.arch.platform import Platform
 from septum.core.cells import Shared, SharedMap
 
 U64 = (1 << 64) - 1
@@ -17,9 +17,9 @@ IA32_INTR_PENDING = 0x9A
 class HardwareInputs(Shared):
     """Platform-wide inputs."""
 
-    tsc: int = 1 << 32
+    tsc: int
     """What RDTSC read last."""
-    tsc_step: int = 0
+    tsc_step: int
     """Ticks that go by before each RDTSC of the module."""
     entropy: int = 42
     """State of the stream of random numbers (splitmix64)."""
@@ -30,13 +30,13 @@ class HardwareInputs(Shared):
 
 
 class Hardware:
-    """The inputs, and MSRs that were changed after power-on, by LP and address."""
+    """The inputs, the CPU model, and MSRs that were changed after power-on, by LP and address."""
 
     __slots__ = ("cpu", "inputs", "msrs")
 
-    def __init__(self, cpu: CpuModel) -> None:
+    def __init__(self, platform: Platform, cpu: CpuModel) -> None:
         self.cpu = cpu
-        self.inputs = HardwareInputs("HARDWARE")
+        self.inputs = HardwareInputs("HARDWARE", tsc=platform.tsc_start, tsc_step=platform.tsc_step)
         self.msrs: SharedMap[tuple[int, int], int | None] = SharedMap("MSRS")
 
     def rdtsc(self) -> int:
