@@ -49,7 +49,7 @@ class Verdict:
 
     ``verdict``: ``proved`` (the whole state space of the scenario was looked at), ``bounded`` (nothing found within the
     bounds), ``violated`` (``property``, ``message`` and the ``schedule`` of a shortest counterexample), or
-    ``interrupted``.
+    ``interrupted``. A cycle in the lock order comes from several runs: ``witnesses`` are those before the last.
     """
 
     verdict: str
@@ -63,6 +63,7 @@ class Verdict:
     property: str | None = None
     message: str = ""
     schedule: list[int] = field(default_factory=list)
+    witnesses: list[list[int]] = field(default_factory=list)
     collision_probability: float = 0.0
 
 
@@ -194,8 +195,8 @@ class Explorer:
         bounds = bounds or Bounds()
         start = time.perf_counter()
         verdict = Verdict("proved")
-        before = ctx.level, ctx.task, ctx.trace
-        ctx.level, ctx.trace = self.level, None
+        before = ctx.level, ctx.task, ctx.trace, ctx.cycles
+        ctx.level, ctx.trace, ctx.lock_order, ctx.cycles = self.level, None, {}, []
         collecting = gc.isenabled()
         gc.disable()  # states are never garbage, and walking millions of them costs half of the time
         try:
@@ -205,7 +206,7 @@ class Explorer:
         finally:
             self._to_initial()
             self.world.track(None)
-            ctx.level, ctx.task, ctx.trace = before
+            ctx.level, ctx.task, ctx.trace, ctx.cycles = before
             if collecting:
                 gc.enable()
         verdict.seconds = time.perf_counter() - start
@@ -231,6 +232,7 @@ class Explorer:
         parents: dict[Any, tuple[Any, int] | None] = {root: None}
         level: list[tuple[Any, list[Any]]] = [(root, initial[:])]
         transitions = depth = 0
+        edges: dict[tuple[str, str], tuple[Any, int]] = {}
         try:
             self._check_state(initial[:])
         except Violation as violation:
@@ -251,6 +253,8 @@ class Explorer:
                     if node.__class__ is not _Effect:
                         if node is None:
                             node = self._learn(task, vector)
+                            for edge in ctx.lock_order.keys() - edges.keys():
+                                edges[edge] = (name, task)
                         if node is _ENDED:
                             moves += 1
                             continue
@@ -298,18 +302,28 @@ class Explorer:
                 continue
             break
         verdict.states, verdict.transitions, verdict.depth = len(parents), transitions, depth
+        if verdict.verdict in ("proved", "bounded") and ctx.cycles:
+            cycle, message = ctx.cycles[0]
+            *others, last = (edges[edge] for edge in cycle)
+            self._violated(verdict, Violation("lock order", message), parents, *last)
+            verdict.witnesses = [self._schedule(parents, *other) for other in others]
 
     def _violated(
         self, verdict: Verdict, violation: Violation, parents: dict[Any, Any], name: Any, task: int | None
     ) -> None:
+        verdict.verdict = "violated"
+        verdict.property = violation.property
+        verdict.message = str(violation)
+        verdict.schedule = self._schedule(parents, name, task)
+
+    @staticmethod
+    def _schedule(parents: dict[Any, Any], name: Any, task: int | None) -> list[int]:
+        """The choices that lead to a state, and then ``task`` if one is given."""
         schedule = [] if task is None else [task]
         while (link := parents[name]) is not None:
             name, chosen = link
             schedule.append(chosen)
-        verdict.verdict = "violated"
-        verdict.property = violation.property
-        verdict.message = str(violation)
-        verdict.schedule = schedule[::-1]
+        return schedule[::-1]
 
     # -- states ----------------------------------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ interrupts on. What is asked is data (a kind and an argument); the handlers are 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from septum.core.cells import Shared
-from septum.core.klocks import allow_sleep, forbid_sleep
+from septum.core.klocks import Section, allow_sleep, forbid_sleep
 from septum.core.steps import Program, Step, Task, current_task, emit, require, wait_until
 
 Handler = Callable[["Cpu", Any], Coroutine[Step, None, None]]
@@ -31,15 +30,20 @@ class Cpu(Shared):
     done: int = 0
 
 
-@asynccontextmanager
-async def irqs_off(cpu: Cpu) -> AsyncIterator[None]:
+class IrqsOff(Section):
     """``local_irq_disable`` to ``local_irq_enable``: the CPU serves no interrupt, and its task may not sleep."""
-    cpu.irqs_off = True
-    forbid_sleep("interrupts off")
-    try:
-        yield
-    finally:
-        cpu.irqs_off = False
+
+    def __init__(self, cpu: Cpu) -> None:
+        self.cpu = cpu
+
+    async def enter(self) -> None:
+        """Disables interrupts."""
+        self.cpu.irqs_off = True
+        forbid_sleep("interrupts off")
+
+    def leave(self) -> None:
+        """Enables them."""
+        self.cpu.irqs_off = False
         allow_sleep("interrupts off")
 
 

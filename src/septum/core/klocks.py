@@ -14,12 +14,11 @@ Letting go is no step of its own: nobody can tell at which moment a lock that on
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
 from septum.core.cells import Shared
-from septum.core.steps import Task, ctx, current_task, emit, require, wait_until
+from septum.core.steps import Task, Violation, ctx, current_task, emit, require, wait_until
 
 T = TypeVar("T")
 
@@ -49,14 +48,42 @@ def allow_sleep(reason: str) -> None:
     task.atomic = _without_last(task.atomic, reason)
 
 
-@asynccontextmanager
-async def atomic_section(reason: str) -> AsyncIterator[None]:
-    """A section in which the current task may not sleep: interrupts off, RCU read side, preemption off."""
-    forbid_sleep(reason)
-    try:
-        yield
-    finally:
-        allow_sleep(reason)
+class Section(ABC):
+    """An ``async with`` block between an action and its opposite.
+
+    The opposite is left out when the block does not end but is abandoned: because a property failed in it, or
+    because a scheduler drops the task.
+    """
+
+    @abstractmethod
+    async def enter(self) -> None:
+        """What happens first. May wait."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """What happens last."""
+
+    async def __aenter__(self) -> None:
+        await self.enter()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None or not issubclass(kind, (GeneratorExit, Violation)):
+            self.leave()
+
+
+class AtomicSection(Section):
+    """A section in which the current task may not sleep: RCU read side, preemption off."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    async def enter(self) -> None:
+        """Forbids sleeping."""
+        forbid_sleep(self.reason)
+
+    def leave(self) -> None:
+        """Allows it again."""
+        allow_sleep(self.reason)
 
 
 class KernelLock(Shared):
@@ -79,7 +106,8 @@ class KernelLock(Shared):
         """Whether somebody waits (``rwlock_needbreak``, ``spin_needbreak``)."""
         return self.waiters > 0
 
-    async def _take(self, *, shared: bool) -> None:
+    async def take(self, *, shared: bool) -> None:
+        """Waits for the lock and takes it; for what ``async with`` cannot express."""
         task = current_task()
         if self.sleeps:
             might_sleep(self.name)
@@ -102,7 +130,8 @@ class KernelLock(Shared):
             task.atomic = (*task.atomic, self.name)
         emit("klock", f"+{self.name}", shared=shared)
 
-    def _let_go(self, *, shared: bool) -> None:
+    def let_go(self, *, shared: bool) -> None:
+        """The opposite of :meth:`take`."""
         task = current_task()
         holds = task.name in self.readers if shared else self.writer == task.name
         require(holds, "balanced locking", f"{task.name} unlocks {self.name}, which it does not hold")
@@ -116,14 +145,28 @@ class KernelLock(Shared):
         emit("klock", f"-{self.name}", shared=shared)
 
 
+class Hold(Section):
+    """A lock held in one mode, as ``async with``."""
+
+    def __init__(self, lock: KernelLock, *, shared: bool) -> None:
+        self.lock = lock
+        self.shared = shared
+
+    async def enter(self) -> None:
+        """Waits for the lock and takes it."""
+        await self.lock.take(shared=self.shared)
+
+    def leave(self) -> None:
+        """Lets it go."""
+        self.lock.let_go(shared=self.shared)
+
+
 class Mutex(KernelLock):
-    """``struct mutex``: one owner, waiters sleep. Use as ``async with``."""
+    """``struct mutex``: one owner, waiters sleep. Use as ``async with mutex.locked():``."""
 
-    async def __aenter__(self) -> None:
-        await self._take(shared=False)
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._let_go(shared=False)
+    def locked(self) -> Hold:
+        """``mutex_lock`` to ``mutex_unlock``."""
+        return Hold(self, shared=False)
 
     def trylock(self) -> bool:
         """``mutex_trylock``: takes the mutex if it is free. Never waits, and so adds nothing to the lock order."""
@@ -131,10 +174,6 @@ class Mutex(KernelLock):
             return False
         self._granted(current_task(), False)
         return True
-
-    def unlock(self) -> None:
-        """``mutex_unlock``, for what ``async with`` cannot express."""
-        self._let_go(shared=False)
 
 
 class SpinLock(Mutex):
@@ -148,29 +187,19 @@ class RwLock(KernelLock):
 
     sleeps: ClassVar[bool] = False
 
-    @asynccontextmanager
-    async def read(self) -> AsyncIterator[None]:
+    def read(self) -> Hold:
         """``read_lock`` to ``read_unlock``."""
-        await self._take(shared=True)
-        try:
-            yield
-        finally:
-            self._let_go(shared=True)
+        return Hold(self, shared=True)
 
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[None]:
+    def write(self) -> Hold:
         """``write_lock`` to ``write_unlock``."""
-        await self._take(shared=False)
-        try:
-            yield
-        finally:
-            self._let_go(shared=False)
+        return Hold(self, shared=False)
 
     async def resched(self) -> None:
         """``cond_resched_rwlock_read`` or ``_write``: lets the lock go, and takes it again in the same mode."""
         shared = current_task().name in self.readers
-        self._let_go(shared=shared)
-        await self._take(shared=shared)
+        self.let_go(shared=shared)
+        await self.take(shared=shared)
 
 
 class RwSem(RwLock):
@@ -225,7 +254,7 @@ def note_order(task: Task, lock: KernelLock) -> None:
         order[old, new] = f"{task.name} took {lock.name} while holding {held}"
         if back := _path(new, old):
             earlier = "; ".join(order[edge] for edge in back)
-            require(False, "lock order", f"{order[old, new]}, but {earlier}")
+            ctx.report_cycle([*back, (old, new)], f"{order[old, new]}, but {earlier}")
 
 
 def _rank(name: str) -> tuple[int, str]:

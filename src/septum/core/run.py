@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from septum.arch.errors import UsageError
-from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx
+from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx, emit
 from septum.core.trace import Trace
 
 #: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
@@ -79,22 +79,28 @@ def run(
     level: int = CALLS,
     max_steps: int | None = None,
     keep_events: bool = True,
+    invariants: Sequence[Callable[[], None]] = (),
+    lock_order: dict[tuple[str, str], str] | None = None,
+    stop_at_cycle: bool = True,
 ) -> Outcome:
     """Runs tasks to their end, to a violation, to a deadlock, or for ``max_steps`` steps.
 
     A deadlock (somebody has not finished and nobody can go on) is reported as a violation of ``no deadlock`` that
-    names who waits for what.
+    names who waits for what. ``lock_order`` is what earlier runs have seen of it, and is added to;
+    a cycle in it ends the run unless ``stop_at_cycle`` is false.
     """
     outcome = Outcome(Trace(keep_events=keep_events), results=[None] * len(programs))
-    before = ctx.level, ctx.task, ctx.trace
+    before = ctx.level, ctx.task, ctx.trace, ctx.cycles
+    ctx.lock_order, ctx.cycles = {} if lock_order is None else lock_order, None if stop_at_cycle else []
     ctx.level = level
     ctx.trace = outcome.trace if keep_events and level != SOLO else None
     try:
-        _run(programs, choose, max_steps, outcome)
+        _run(programs, choose, max_steps, outcome, invariants)
     except Violation as violation:
         outcome.violation, outcome.message = violation.property, str(violation)
+        emit("violation", f"** {violation.property}: {violation}")
     finally:
-        ctx.level, ctx.task, ctx.trace = before
+        ctx.level, ctx.task, ctx.trace, ctx.cycles = before
     return outcome
 
 
@@ -109,7 +115,13 @@ def run_solo(programs: Sequence[Program]) -> list[Any]:
     return outcome.results
 
 
-def _run(programs: Sequence[Program], choose: Chooser, max_steps: int | None, outcome: Outcome) -> None:
+def _run(
+    programs: Sequence[Program],
+    choose: Chooser,
+    max_steps: int | None,
+    outcome: Outcome,
+    invariants: Sequence[Callable[[], None]],
+) -> None:
     bodies: list[Coroutine[Step, None, Any] | None] = [program.body() for program in programs]
     pending: list[Step | None] = [None] * len(programs)
     schedule = outcome.trace.schedule
@@ -117,15 +129,21 @@ def _run(programs: Sequence[Program], choose: Chooser, max_steps: int | None, ou
     try:
         for i in range(len(programs)):
             _advance(i, programs, bodies, pending, outcome)
-        while max_steps is None or outcome.steps < max_steps:
+        for invariant in invariants:
+            invariant()
+        while True:
             enabled = [i for i, body in enumerate(bodies) if body is not None and _ready(pending[i])]
             if not enabled:
                 _check_all_done(programs, bodies, pending)
+                break
+            if outcome.steps == max_steps:
                 break
             last = choose(enabled, last)
             schedule.append(last)
             outcome.steps += 1
             _advance(last, programs, bodies, pending, outcome)
+            for invariant in invariants:
+                invariant()
     finally:
         for body in bodies:
             if body is not None:
@@ -159,6 +177,9 @@ def _check_all_done(
 ) -> None:
     stuck = [i for i, body in enumerate(bodies) if body is not None and not programs[i].daemon]
     if stuck:
+        for i in stuck:
+            ctx.task = programs[i].task
+            emit("waits", f"waits to {pending[i]}")
         raise Violation("no deadlock", deadlock_message([(programs[i].task.name, pending[i]) for i in stuck]))
 
 

@@ -64,15 +64,26 @@ class Step:
 
 
 class Context:
-    """Set by the scheduler: the task that runs now, the granularity, and the trace if one is kept."""
+    """Set by the scheduler: the task that runs now, the granularity, and the trace if one is kept.
 
-    __slots__ = ("level", "lock_order", "task", "trace")
+    ``lock_order`` maps a pair of lock classes, taken one inside the other, to who did so first. A cycle in it is a
+    violation at once, or, when ``cycles`` is a list, added to it (the explorer looks for worse first).
+    """
+
+    __slots__ = ("cycles", "level", "lock_order", "task", "trace")
 
     def __init__(self) -> None:
         self.level: int = SOLO
         self.task: Task | None = None
         self.trace: Trace | None = None
         self.lock_order: dict[tuple[str, str], str] = {}
+        self.cycles: list[tuple[list[tuple[str, str]], str]] | None = None
+
+    def report_cycle(self, edges: list[tuple[str, str]], message: str) -> None:
+        """A cycle in the lock order: the pairs that make it, the new one last."""
+        if self.cycles is None:
+            raise Violation("lock order", message)
+        self.cycles.append((edges, message))
 
 
 ctx = Context()
