@@ -1,0 +1,20 @@
+"""Guest-side interface functions (TDCALL leaves), one file per family.
+
+Each file ends with ``LEAVES``, from leaf number to function; :mod:`septum.tdx.guest.call` tells what a function may do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from septum.tdx.guest import mem, metadata, mr, vp
+
+if TYPE_CHECKING:
+    from septum.tdx.guest.call import GuestCall
+
+GuestHandler = Callable[["GuestCall"], Awaitable[int]]
+
+HANDLERS: dict[int, GuestHandler] = {}
+for family in (vp, mr, mem, metadata):
+    HANDLERS |= family.LEAVES
