@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from septum.arch import sept
-from septum.arch.leaves import GuestLeaf, HostLeaf
+from septum.arch import sept, sept_l2
+from septum.arch.leaves import HOST_LEAF_BY_NAME, GuestLeaf, HostLeaf
 from septum.arch.pages import Level
 from septum.arch.sept import SeptState as S
+from septum.arch.sept_l2 import L2State
 
 PAGE = 0x1234567000
 states = st.sampled_from([*S])
@@ -151,3 +152,67 @@ def test_recorded_entries_have_the_modelled_form(shared: Path) -> None:
             assert sept.arch_details(entry, level) == (rcx, rdx)
             seen.add(state)
     assert {S.FREE, S.NL_MAPPED, S.MAPPED, S.BLOCKED} <= seen
+
+
+def test_recorded_refusals_agree_with_the_table_of_allowed_leaves(shared: Path) -> None:
+    """Where the real module answered EPT_ENTRY_STATE_INCORRECT, the state that it returned does not allow the leaf."""
+    refusals = set()
+    for name in ("errors", "lifecycle"):
+        with gzip.open(shared / "vectors" / "dev" / f"{name}.jsonl.gz", "rt") as lines:
+            for line in lines:
+                if '"TDX_EPT_ENTRY_STATE_INCORRECT' in line and (event := json.loads(line))["op"] == "seamcall":
+                    rdx = int({**event["in"], **event["out"]}["rdx"], 16)
+                    refusals.add((HOST_LEAF_BY_NAME[event["leaf"]], sept.arch_state_name(rdx >> 8 & 0xFF)))
+    # Version 0 of TDH.MEM.SEPT.ADD refuses an entry that has its table already; version 1 may add the L2 tables to it.
+    refusals -= {(HostLeaf.TDH_MEM_SEPT_ADD, "NL_MAPPED")}
+    assert len(refusals) > 10
+    for leaf, name in refusals:
+        assert not sept.host_allowed(leaf, S[name]), f"{leaf.abi_name} on {name}"
+
+
+l2_leaves = st.builds(
+    sept_l2.leaf_entry,
+    st.integers(0, (1 << 40) - 1).map(lambda page: page << 12),
+    st.integers(0, (1 << 64) - 1).map(lambda bits: bits & (sept_l2.PERMISSIONS | sept_l2.SSS | sept.SVE)),
+)
+
+
+@given(l2_leaves)
+def test_l2_leaf_gets_its_permissions_back(entry: int) -> None:
+    closed = sept_l2.block(entry)
+    assert sept_l2.state(closed) is L2State.BLOCKED
+    assert closed & sept_l2.PERMISSIONS == 0
+    assert sept_l2.unblock(closed) == entry
+    assert sept_l2.unblock(entry) == entry
+
+
+def test_l2_leaf_made_blocked_is_the_blocked_leaf() -> None:
+    attributes = sept.R | sept.W | sept.SVE
+    entry = sept_l2.leaf_entry(PAGE, attributes)
+    assert sept_l2.leaf_entry(PAGE, attributes, blocked=True) == sept_l2.block(entry)
+    kept = sept_l2.block(entry, blocked_for_writing=True)
+    assert kept & sept_l2.TDWR == 0
+    assert sept_l2.block(entry) & sept_l2.TDWR
+
+
+def test_l2_tables() -> None:
+    entry = sept_l2.non_leaf_entry(PAGE)
+    closed = sept_l2.block(entry)
+    assert (sept_l2.state(entry), sept_l2.state(closed)) == (L2State.NL_MAPPED, L2State.NL_BLOCKED)
+    assert sept_l2.unblock(closed) == entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "debug", "rcx", "rdx"),
+    [
+        (0, False, 1 << 63, 0x14001),
+        (sept_l2.non_leaf_entry(PAGE), False, 0x407, 0x1C401),
+        (sept_l2.block(sept_l2.non_leaf_entry(PAGE)), False, 0, 0x1C101),
+        (sept_l2.leaf_entry(PAGE, sept.X), False, PAGE | 0x4F7, 0x14401),
+        (sept_l2.leaf_entry(PAGE, sept.X), True, PAGE | 0xF4, 0x14401),
+        (sept_l2.leaf_entry(PAGE, sept.R), True, PAGE | 0xF1, 0x10001),
+        (sept_l2.leaf_entry(PAGE, sept.R, blocked=True), False, PAGE | 0xC8, 0x14101),
+    ],
+)
+def test_what_the_host_sees_of_l2_entries(entry: int, debug: bool, rcx: int, rdx: int) -> None:
+    assert sept_l2.arch_details(entry, Level.PD, 1, debug=debug) == (rcx, rdx)
