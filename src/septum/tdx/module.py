@@ -74,24 +74,37 @@ class Module:
         self.lps = [Lp(f"LP{i}", index=i, package=package) for i, package in enumerate(platform.lp_package)]
         self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.private_hkids.stop)]
         self.tdmrs: list[TdmrState] = [TdmrState(f"TDMR{i}", base=0, size=0) for i in range(64)]
-        self._tds: dict[int, Td] = {}
-        self._vps: dict[int, Vp] = {}
+        self._births: SharedMap[int, int] = SharedMap("births", 0)
+        self._tds: dict[tuple[int, int], Td] = {}
+        self._vps: dict[tuple[int, int], Vp] = {}
 
     # -- objects behind physical pages -----------------------------------------------------------------------------
 
     def td(self, pa: int) -> Td:
         """The TD whose TDR is (or could be) the page at ``pa``."""
-        found = self._tds.get(pa)
+        key = pa, self._births[pa]
+        found = self._tds.get(key)
         if found is None:
-            found = self._tds[pa] = Td(pa, self.locks)
+            found = self._tds[key] = Td(pa, self.locks)
         return found
+
+    def new_td(self, pa: int) -> Td:
+        """A TD that has just been created in the page at ``pa``, whatever was there before."""
+        self._births[pa] = self._births[pa] + 1
+        return self.td(pa)
 
     def vp(self, pa: int) -> Vp:
         """The VCPU whose TDVPR is (or could be) the page at ``pa``."""
-        found = self._vps.get(pa)
+        key = pa, self._births[pa]
+        found = self._vps.get(key)
         if found is None:
-            found = self._vps[pa] = Vp(pa)
+            found = self._vps[key] = Vp(pa)
         return found
+
+    def new_vp(self, pa: int) -> Vp:
+        """A VCPU that has just been created in the page at ``pa``, whatever was there before."""
+        self._births[pa] = self._births[pa] + 1
+        return self.vp(pa)
 
     # -- physical memory -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 A guest-side function looks like a host-side one: it gets the call, takes locks through ``call.locks``, leaves outputs
 in ``call.regs`` (the guest's registers, changed in place) and returns its completion status for the guest's RAX, or
-fails with one. Three more endings: :class:`~septum.tdx.vm_exit.TdExit` (the host has to act; the guest's RIP stays on the
+fails with one. Three more endings: :class:`~septum.tdx.vm_exit.TdExit` (the host has to act; RIP stays on the
 TDCALL), :class:`~septum.tdx.vm_exit.ResumeGuest` (no status: interrupted, or a #VE was injected) and
 :class:`~septum.tdx.vm_exit.TdVmcall`.
 
