@@ -1,16 +1,24 @@
 """A TD: its TDR and TDCS, and the locks in them.
 
-Only fields that interface functions act upon are attributes; the many others that the metadata interface reads and writes
-live in ``Tdcs.fields``, keyed by metadata field name and element.
+Fields that interface functions act upon are attributes, under the name of the metadata field in lower case: an integer, a
+tuple of the field's elements, or bytes. The many others that only the metadata interface reads and writes live in
+``Td.fields``, keyed by metadata field name and element.
 Source: TDX Module 1.5.01, ``src/common/data_structures/td_control_structures.h``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
+from septum.arch.metadata import field_table
 from septum.core.cells import Shared, SharedMap
-from septum.core.trylocks import Sharex, SharexHp
+from septum.core.trylocks import Sharex, SharexHp, TryLock
+
+MAX_TDCS_PAGES = 9
+MAX_L2_VMS = 3
+SEPT_ROOT_PAGE = 3
+"""Index of the TDCX page that is the root of the Secure EPT."""
 
 
 class Tdr(Shared):
@@ -20,10 +28,29 @@ class Tdr(Shared):
     num_tdcx: int = 0
     chldcnt: int = 0
     lifecycle_state: int = 0
-    tdcx_pa: tuple[int, ...] = ()
+    tdcx_pa: tuple[int, ...] = (0,) * MAX_TDCS_PAGES
+    """With the TD's HKID."""
     td_uuid: tuple[int, int, int, int] = (0, 0, 0, 0)
     hkid: int = 0
     pkg_config_bitmap: int = 0
+    """Packages that have the TD's key."""
+    handoff_version: int = 0
+    seamdb_index: int = 0
+
+
+class CpuidFlags(NamedTuple):
+    """Virtual CPUID bits that the module often asks for (``cpuid_flags_t``)."""
+
+    monitor_mwait: bool = False
+    dca: bool = False
+    tsc_deadline: bool = False
+    tsx: bool = False
+    waitpkg: bool = False
+    tme: bool = False
+    mktme: bool = False
+    xfd: bool = False
+    ddpd: bool = False
+    la57: bool = False
 
 
 class Tdcs(Shared):
@@ -43,20 +70,37 @@ class Tdcs(Shared):
     tsc_offset: int = 0
     tsc_multiplier: int = 0
     tsc_frequency: int = 0
+    """In units of 25 MHz."""
+    cpuid_flags: CpuidFlags = CpuidFlags()
+    cpuid_values: tuple[int, ...] = ()
+    """Virtual CPUID: EBX:EAX and EDX:ECX of each entry of ``septum.arch.cpuid.cpuid_table``."""
+    cpuid_valid: tuple[int, ...] = ()
+    """1 for each entry of the same table that a guest's CPUID can be answered from."""
+    xbuff_size: int = 0
+    xbuff_offsets: tuple[int, ...] = ()
+    """By XFAM bit; 0 for bits that are not set."""
+    msr_bitmaps: bytes = b"\xff" * 4096
+    ia32_spec_ctrl_mask: int = 0
     notify_enables: int = 0
     td_ctls: int = 0
     vm_ctls: tuple[int, int, int, int] = (0, 0, 0, 0)
     config_flags: int = 0
     hp_lock_timeout: int = 0
+    """In TSC ticks."""
     vcpu_index: int = 0
     mrtd: bytes = bytes(48)
     mrtd_hash: Any = None
+    """The running ``septum.tdx.measurement.Sha384`` that becomes MRTD."""
     mrconfigid: bytes = bytes(48)
     mrowner: bytes = bytes(48)
     mrownerconfig: bytes = bytes(48)
     rtmr: tuple[bytes, bytes, bytes, bytes] = (bytes(48),) * 4
     last_teeinfo_hash: bytes = bytes(48)
     last_teeinfo_hash_valid: bool = False
+    servtd_hash: bytes = bytes(48)
+    servtd_num: int = 0
+    servtd_bindings_table: tuple[int, ...] = (0,) * 16
+    """The one binding slot, as ``septum.tdx.servtd.Binding`` packs it."""
 
 
 class Td:
@@ -78,5 +122,47 @@ class Td:
         self.rtmr_lock = SharexHp(locks, ("rtmr", pa), "RTMR")
         self.servtd_bindings_lock = SharexHp(locks, ("servtd_bindings", pa), "SERVTD_BINDINGS")
 
+    def clear_tdr(self) -> None:
+        """A page that becomes a TDR is filled with zeros."""
+        _reset(self.tdr)
+
+    def clear_tdcs(self) -> None:
+        """The first pages that become TDCX are filled with zeros: fields and lock words."""
+        _reset(self.tdcs)
+        for key in _sparse_fields():
+            self.fields.pop(key, None)
+        locks: tuple[TryLock, ...] = (
+            self.op_state_lock,
+            self.secure_ept_lock,
+            self.epoch_lock,
+            self.rtmr_lock,
+            self.servtd_bindings_lock,
+        )
+        for lock in locks:
+            lock.words.pop(lock.key, None)
+
     def __repr__(self) -> str:
         return f"TD[{self.pa:#x}]"
+
+
+def _reset(record: Shared) -> None:
+    for field, value in record._defaults.items():
+        if getattr(record, field) != value:
+            setattr(record, field, value)
+
+
+_WHOLE_PAGES = 512
+"""Fields with this many elements are pages of their own and are not kept in ``Td.fields``."""
+
+
+@cache
+def _sparse_fields() -> tuple[tuple[str, int], ...]:
+    """Everything that ``Td.fields`` can hold of the TDCS."""
+    return tuple(
+        (field.name, number)
+        for field in field_table("td").entries
+        if field.fields < _WHOLE_PAGES
+        and field.name.lower() not in Tdcs.__dict__
+        and field.name.lower() not in Tdr.__dict__
+        for number in range(field.fields * field.elements)
+    )
