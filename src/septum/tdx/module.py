@@ -14,6 +14,7 @@ from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
 from septum.core.cells import SharedMap
+from septum.core.trylocks import Sharex
 from septum.tdx.call import HostCall
 from septum.tdx.host import HANDLERS
 from septum.tdx.outcome import Fail, ModuleHalt, check
@@ -73,6 +74,7 @@ class Module:
         self.sys = Sys("SYS")
         self.lps = [Lp(f"LP{i}", index=i, package=package) for i, package in enumerate(platform.lp_package)]
         self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.private_hkids.stop)]
+        self.kot_lock = Sharex(self.locks, "kot", "KOT")
         self.tdmrs: list[TdmrState] = [TdmrState(f"TDMR{i}", base=0, size=0) for i in range(64)]
         self._births: SharedMap[int, int] = SharedMap("births", 0)
         self._tds: dict[tuple[int, int], Td] = {}

@@ -1,7 +1,7 @@
 """A TD: its TDR and TDCS, and the locks in them.
 
-Fields that interface functions act upon are attributes, under the name of the metadata field in lower case: an integer, a
-tuple of the field's elements, or bytes. The many others that only the metadata interface reads and writes live in
+Fields that interface functions act upon are attributes, under the name of the metadata field in lower case: an integer,
+a tuple of the field's elements, or bytes. The many others that only the metadata interface reads and writes live in
 ``Td.fields``, keyed by metadata field name and element.
 Source: TDX Module 1.5.01, ``src/common/data_structures/td_control_structures.h``.
 """
@@ -104,7 +104,10 @@ class Tdcs(Shared):
 
 
 class Td:
-    """The TD whose TDR is the page at ``pa``. There is one for every page that ever was a TDR; what it is now is state."""
+    """The TD whose TDR is the page at ``pa``.
+
+    There is one for every page that ever was a TDR; what it is now is state.
+    """
 
     __slots__ = (
         "epoch_lock", "fields", "op_state_lock", "pa", "rtmr_lock", "secure_ept_lock", "servtd_bindings_lock", "tdcs",
