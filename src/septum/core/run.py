@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from septum.arch.errors import UsageError
 from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx, emit
 from septum.core.trace import Trace
+
+T = TypeVar("T")
 
 #: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
 Chooser = Callable[[Sequence[int], int], int]
