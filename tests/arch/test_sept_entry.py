@@ -49,22 +49,51 @@ def test_accept_progress_shows_in_rcx_but_not_after_blocking() -> None:
     assert sept.blocked(pending, Level.PT) & 0x1FF000 == 0x5000
 
 
-def test_allowed_leaves_by_state() -> None:
-    def allowed(leaf: HostLeaf) -> set[str]:
-        return {state.name for state in S if sept.host_allowed(leaf, state)}
+LEAF_STATES = {state.name for state in S if sept.is_leaf(state)}
+BLOCKED = {"BLOCKED", "PENDING_BLOCKED"}
+ACCESSIBLE = {state.name for state in S if sept.is_guest_accessible_leaf(state)}
+WRITABLE = {"MAPPED", "EXPORTED_DIRTY"}
+PENDING_WRITABLE = {"PENDING", "PENDING_EXPORTED_DIRTY"}
+BLOCKEDW = {"BLOCKEDW", "PENDING_BLOCKEDW"}
+EXPORTED = {name for name in LEAF_STATES if "EXPORTED" in name}
 
-    assert allowed(HostLeaf.TDH_MEM_PAGE_AUG) == {"FREE", "REMOVED"}
-    assert allowed(HostLeaf.TDH_MEM_RANGE_BLOCK) == {
-        "NL_MAPPED",
-        "MAPPED",
-        "BLOCKEDW",
-        "PENDING",
-        "PENDING_BLOCKEDW",
-    }
-    assert allowed(HostLeaf.TDH_MEM_RANGE_UNBLOCK) == {"NL_BLOCKED", "BLOCKED", "PENDING_BLOCKED"}
-    assert len(allowed(HostLeaf.TDH_MEM_SEPT_RD)) == 16
-    accept = {state.name for state in S if sept.guest_allowed(GuestLeaf.TDG_MEM_PAGE_ACCEPT, state)}
-    assert accept == {"PENDING", "PENDING_EXPORTED_DIRTY"}
+
+@pytest.mark.parametrize(
+    ("leaf", "states"),
+    [
+        (HostLeaf.TDH_MEM_PAGE_ADD, {"FREE"}),
+        (HostLeaf.TDH_MEM_SEPT_ADD, {"FREE", "NL_MAPPED"}),
+        (HostLeaf.TDH_MEM_PAGE_AUG, {"FREE", "REMOVED"}),
+        (HostLeaf.TDH_MEM_SEPT_RD, {state.name for state in S}),
+        (HostLeaf.TDH_MEM_PAGE_RELOCATE, LEAF_STATES),
+        (HostLeaf.TDH_MEM_RANGE_BLOCK, {"NL_MAPPED", "MAPPED", "PENDING"} | BLOCKEDW),
+        (HostLeaf.TDH_MEM_RANGE_UNBLOCK, {"NL_BLOCKED"} | BLOCKED),
+        (HostLeaf.TDH_MEM_PAGE_REMOVE, {"MAPPED", "PENDING"} | BLOCKED | BLOCKEDW),
+        (HostLeaf.TDH_MEM_SEPT_REMOVE, {"NL_MAPPED", "NL_BLOCKED"}),
+        (HostLeaf.TDH_MEM_PAGE_PROMOTE, {"NL_MAPPED", "NL_BLOCKED"}),
+        (HostLeaf.TDH_MEM_PAGE_DEMOTE, {"MAPPED", "PENDING"} | BLOCKED),
+        (HostLeaf.TDH_MEM_RD, ACCESSIBLE),
+        (HostLeaf.TDH_MEM_WR, WRITABLE),
+        (HostLeaf.TDH_MR_EXTEND, {"MAPPED"}),
+        (HostLeaf.TDH_EXPORT_BLOCKW, WRITABLE | PENDING_WRITABLE),
+        (HostLeaf.TDH_EXPORT_MEM, LEAF_STATES - BLOCKED),
+        (HostLeaf.TDH_EXPORT_RESTORE, EXPORTED),
+        (HostLeaf.TDH_EXPORT_UNBLOCKW, {name for name in LEAF_STATES if name.endswith("BLOCKEDW")}),
+        (HostLeaf.TDH_IMPORT_MEM, {"FREE", "REMOVED", "MAPPED", "PENDING"}),
+        (GuestLeaf.TDG_MEM_PAGE_ACCEPT, PENDING_WRITABLE),
+        (GuestLeaf.TDG_MEM_PAGE_ATTR_RD, LEAF_STATES - BLOCKED),
+        (GuestLeaf.TDG_MEM_PAGE_ATTR_WR, WRITABLE | PENDING_WRITABLE),
+    ],
+)
+def test_allowed_leaves_by_state(leaf: HostLeaf | GuestLeaf, states: set[str]) -> None:
+    def allowed(state: S) -> bool:
+        return sept.host_allowed(leaf, state) if isinstance(leaf, HostLeaf) else sept.guest_allowed(leaf, state)
+
+    assert {state.name for state in S if allowed(state)} == states
+
+
+def test_every_row_of_the_tables_is_checked_above() -> None:
+    assert (len(sept.HOST_ALLOWED), len(sept.GUEST_ALLOWED)) == (19, 3)
 
 
 def test_unknown_bits_are_no_state() -> None:
