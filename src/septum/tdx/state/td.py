@@ -8,10 +8,8 @@ Source: TDX Module 1.5.01, ``src/common/data_structures/td_control_structures.h`
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
-from septum.arch.metadata import field_table
 from septum.core.cells import Shared, SharedMap
 from septum.core.trylocks import Sharex, SharexHp, TryLock
 
@@ -106,7 +104,7 @@ class Tdcs(Shared):
 class Td:
     """The TD whose TDR is the page at ``pa``.
 
-    There is one for every page that ever was a TDR; what it is now is state.
+    ``Module.td`` finds the latest one for a page; what it is now is state.
     """
 
     __slots__ = (
@@ -125,15 +123,8 @@ class Td:
         self.rtmr_lock = SharexHp(locks, ("rtmr", pa), "RTMR")
         self.servtd_bindings_lock = SharexHp(locks, ("servtd_bindings", pa), "SERVTD_BINDINGS")
 
-    def clear_tdr(self) -> None:
-        """A page that becomes a TDR is filled with zeros."""
-        _reset(self.tdr)
-
-    def clear_tdcs(self) -> None:
-        """The first pages that become TDCX are filled with zeros: fields and lock words."""
-        _reset(self.tdcs)
-        for key in _sparse_fields():
-            self.fields.pop(key, None)
+    def clear_locks(self) -> None:
+        """The page that becomes the first TDCX is filled with zeros, the lock words in it too."""
         locks: tuple[TryLock, ...] = (
             self.op_state_lock,
             self.secure_ept_lock,
@@ -146,26 +137,3 @@ class Td:
 
     def __repr__(self) -> str:
         return f"TD[{self.pa:#x}]"
-
-
-def _reset(record: Shared) -> None:
-    for field, value in record._defaults.items():
-        if getattr(record, field) != value:
-            setattr(record, field, value)
-
-
-_WHOLE_PAGES = 512
-"""Fields with this many elements are pages of their own and are not kept in ``Td.fields``."""
-
-
-@cache
-def _sparse_fields() -> tuple[tuple[str, int], ...]:
-    """Everything that ``Td.fields`` can hold of the TDCS."""
-    return tuple(
-        (field.name, number)
-        for field in field_table("td").entries
-        if field.fields < _WHOLE_PAGES
-        and field.name.lower() not in Tdcs.__dict__
-        and field.name.lower() not in Tdr.__dict__
-        for number in range(field.fields * field.elements)
-    )
