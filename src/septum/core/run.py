@@ -18,6 +18,8 @@ from septum.core.trace import Trace
 
 T = TypeVar("T")
 
+T = TypeVar("T")
+
 #: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
 Chooser = Callable[[Sequence[int], int], int]
 
@@ -115,6 +117,19 @@ def run_solo(programs: Sequence[Program]) -> list[Any]:
     if outcome.violation:
         raise Violation(outcome.violation, outcome.message)
     return outcome.results
+
+
+def solo_call(call: Coroutine[Step, None, T]) -> T:
+    """Runs one coroutine that never waits, without a task, and returns its result: the cheapest way to call model code.
+
+    :raises RuntimeError: when it waits, because nobody is there to end that.
+    """
+    try:
+        step = call.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    call.close()
+    raise RuntimeError(f"a call outside a scheduler cannot wait: {step}")
 
 
 def _run(
