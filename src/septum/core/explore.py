@@ -33,6 +33,9 @@ from septum.core.steps import CALLS, Program, Step, Violation, ctx, require
 #: A property of all states: reads shared cells and raises :class:`Violation` where it does not hold.
 Invariant = Callable[[], None]
 
+#: What is worth telling of an end: from the tasks' results to any hashable value. Reads shared cells.
+Observer = Callable[[list[Any]], Any]
+
 
 @dataclass(slots=True)
 class Bounds:
@@ -50,6 +53,7 @@ class Verdict:
     ``verdict``: ``proved`` (the whole state space of the scenario was looked at), ``bounded`` (nothing found within the
     bounds), ``violated`` (``property``, ``message`` and the ``schedule`` of a shortest counterexample), or
     ``interrupted``. A cycle in the lock order comes from several runs: ``witnesses`` are those before the last.
+    ``outcomes`` has what was observed at each end, with a shortest schedule that leads there.
     """
 
     verdict: str
@@ -64,13 +68,14 @@ class Verdict:
     message: str = ""
     schedule: list[int] = field(default_factory=list)
     witnesses: list[list[int]] = field(default_factory=list)
+    outcomes: dict[Any, list[int]] = field(default_factory=dict)
     collision_probability: float = 0.0
 
 
 class _Local:
     """A local state of one task: how to get there again, and what has been learnt about the step that follows."""
 
-    __slots__ = ("log", "number", "parent", "pending", "spare", "task", "tree")
+    __slots__ = ("log", "number", "parent", "pending", "result", "spare", "task", "tree")
 
     def __init__(
         self, number: int, task: int, parent: _Local | None, log: tuple[Any, ...], pending: Step | None
@@ -82,6 +87,7 @@ class _Local:
         self.pending = pending
         self.spare: Coroutine[Step, None, Any] | None = None
         self.tree: Any = None
+        self.result: Any = None
 
 
 class _Effect:
@@ -150,6 +156,7 @@ class Explorer:
     """Breadth-first exploration of all interleavings of ``programs`` over the cells of ``world``.
 
     :param invariants: checked in every state.
+    :param observer: called at every end (nobody can go on, and all who must have finished) for ``Verdict.outcomes``.
     :param exact: identify states by their whole vector instead of its hash.
     :param check_merges: run each step from every history that led to a local state and compare (slow; for tests).
     """
@@ -160,6 +167,7 @@ class Explorer:
         programs: Sequence[Program],
         *,
         invariants: Sequence[Invariant] = (),
+        observer: Observer | None = None,
         level: int = CALLS,
         exact: bool = False,
         check_merges: bool = False,
@@ -167,6 +175,7 @@ class Explorer:
         self.world = world
         self.programs = list(programs)
         self.invariants = list(invariants)
+        self.observer = observer
         self.level = level
         self.exact = exact
         self.check_merges = check_merges
@@ -245,7 +254,7 @@ class Explorer:
             for name, vector in level:
                 if len(vector) < len(initial):
                     vector.extend(initial[len(vector) :])
-                moves = 0
+                moves = blocked = 0
                 for task in tasks:
                     node = trees[vector[task]]
                     while node.__class__ is list:
@@ -256,9 +265,9 @@ class Explorer:
                             for edge in ctx.lock_order.keys() - edges.keys():
                                 edges[edge] = (name, task)
                         if node is _ENDED:
-                            moves += 1
                             continue
                         if node is _BLOCKED:
+                            blocked += 1
                             continue
                     moves += 1
                     transitions += 1
@@ -286,8 +295,13 @@ class Explorer:
                             self._violated(verdict, violation, parents, successor, None)
                             break
                     following.append((successor, after))
-                if not moves or (moves < len(tasks) and self._stuck(vector)):
-                    self._violated(verdict, self._deadlock(vector), parents, name, None)
+                if not moves:
+                    if blocked and (violation := self._deadlock(vector)):
+                        self._violated(verdict, violation, parents, name, None)
+                    elif self.observer is not None:
+                        outcome = self._observe(vector)
+                        if outcome not in verdict.outcomes:
+                            verdict.outcomes[outcome] = self._schedule(parents, name, None)
                 if verdict.verdict == "violated":
                     break
             else:
@@ -386,14 +400,17 @@ class Explorer:
         self.world.track(recording)
         ctx.task = self.programs[task].task
         result: tuple[Any, ...] = ()
+        returned: Any = None
         step: Step | None = None
         try:
             step = body.send(None)
         except StopIteration as end:
-            result = ("ended", freeze(end.value))
+            returned = end.value
+            result = ("ended", freeze(returned))
         self._prelude.append(recording)
         local = self._new_local(task, None, tuple(recording.log), step, (task, result or local_state(body)))
         local.spare = body
+        local.result = returned
         if result:
             local.tree = self._trees[local.number] = _ENDED
         self._initial.append(local.number)
@@ -422,6 +439,7 @@ class Explorer:
         violation: Violation | None = None
         step: Step | None = None
         result: tuple[Any, ...] = ()
+        returned: Any = None
         self.runs += 1
         if local.pending is not None and local.pending.guard is not None and not local.pending.guard():
             local.spare = body
@@ -431,7 +449,8 @@ class Explorer:
         try:
             step = body.send(None)
         except StopIteration as end:
-            result = ("ended", freeze(end.value))
+            returned = end.value
+            result = ("ended", freeze(returned))
         except Violation as found:
             violation = found
         # Places first: growing the vector empties the trees.
@@ -449,6 +468,7 @@ class Explorer:
                 writes.append((place, new))
         if violation is None:
             after = self._following(local, body, step, tuple(recording.log), result)
+            after.result = returned
             if after is not local:
                 change ^= self._random_of(local.task, local.number) ^ self._random_of(local.task, after.number)
                 writes.append((local.task, after.number))
@@ -554,26 +574,18 @@ class Explorer:
         if isinstance(node, Violation):
             raise node
 
-    def _moves(self, vector: list[Any], task: int) -> Any:
-        node = self._trees[vector[task]]
-        while node.__class__ is list:
-            node = node[1].get(vector[node[0]])
-        return node if node is not None else self._learn(task, vector)
+    def _observe(self, vector: list[Any]) -> Any:
+        """What the observer says of an end."""
+        assert self.observer is not None
+        self._load(vector)
+        self.world.track(_Recording())
+        return self.observer([self._locals[vector[task]].result for task in range(len(self.programs))])
 
-    def _stuck(self, vector: list[Any]) -> bool:
-        """Whether nobody can go on although somebody who must finish has not."""
-        nodes = [self._moves(vector, task) for task in range(len(self.programs))]
-        return not any(isinstance(node, _Effect) for node in nodes) and any(
-            node is _BLOCKED and not program.daemon for node, program in zip(nodes, self.programs, strict=True)
-        )
-
-    def _deadlock(self, vector: list[Any]) -> Violation:
+    def _deadlock(self, vector: list[Any]) -> Violation | None:
+        """In a state where nobody can go on: the deadlock, unless all who must finish have finished."""
         waiting = [
-            (program.task.name, self._locals[vector[i]].pending)
-            for i, program in enumerate(self.programs)
-            if self._moves(vector, i) is _BLOCKED and not program.daemon
+            (program.task.name, local.pending)
+            for program, local in zip(self.programs, (self._locals[number] for number in vector), strict=False)
+            if self._trees[local.number] is not _ENDED and not program.daemon
         ]
-        return Violation("no deadlock", deadlock_message(waiting))
-
-
-__all__ = ["KEYS", "Bounds", "Explorer", "Invariant", "Verdict", "peek"]
+        return Violation("no deadlock", deadlock_message(waiting)) if waiting else None

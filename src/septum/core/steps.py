@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Granularity of steps. ``SOLO``: none, only waits. ``CALLS``: before each lock attempt and release, blocking
 #: operation and explicit step. ``PRIMITIVES``: before and after each lock primitive (the ``op`` level of the recorded
-#: interleavings). ``ATOMICS``: also between the atomic instructions inside a primitive.
-SOLO, CALLS, PRIMITIVES, ATOMICS = range(4)
+#: interleavings). ``ATOMICS``: also before each atomic instruction inside a primitive. ``FINE``: also after each.
+SOLO, CALLS, PRIMITIVES, ATOMICS, FINE = range(5)
 
 
 class Violation(Exception):

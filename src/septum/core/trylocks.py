@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 from septum.core.cells import SharedMap
-from septum.core.steps import ATOMICS, PRIMITIVES, Step, ctx, emit, switch
+from septum.core.steps import ATOMICS, FINE, PRIMITIVES, Step, ctx, emit, switch
 
 
 class Mode(IntEnum):
@@ -45,11 +45,16 @@ def _sane(condition: bool, lock: TryLock, what: str) -> None:
 class TryLock(ABC):
     """A lock word and the primitives on it.
 
-    ``label`` is what diagrams call it. ``free`` is the word when nobody holds it and nobody has asked for priority.
+    ``label`` is what diagrams call it. A word of 0 means that nobody holds it and nobody has asked for priority.
     """
 
     __slots__ = ("key", "label", "words")
-    free: ClassVar[int] = 0
+    EX: ClassVar[int] = 1
+    READER: ClassVar[int]
+    NO_READERS: ClassVar[int]
+    """Bits that keep a reader out."""
+    FULL: ClassVar[int]
+    """The word with as many readers as it can count."""
 
     def __init__(self, words: SharedMap[Any, int], key: Any, label: str = "") -> None:
         self.words = words
@@ -58,6 +63,23 @@ class TryLock(ABC):
 
     def __repr__(self) -> str:
         return self.label or f"{type(self).__name__}({self.key})"
+
+    def take_free(self, mode: Mode) -> bool:
+        """An attempt by the shortest way: takes the lock if nobody stands in the way and nobody asked for priority.
+
+        Else it changes nothing and returns False; :meth:`acquire` then tells what comes of it. In a solo run this is
+        the whole of an attempt that succeeds.
+        """
+        word = self._word()
+        if mode is Mode.EXCLUSIVE:
+            if word:
+                return False
+            self._put(self.EX)
+            return True
+        if word & self.NO_READERS or word == self.FULL:
+            return False
+        self._put(word + self.READER)
+        return True
 
     async def acquire(self, mode: Mode, *, guest: bool = False) -> Taken:
         """One attempt. Never waits."""
@@ -75,19 +97,33 @@ class TryLock(ABC):
         """Lets go of a lock held in ``mode``."""
         if ctx.level:
             await switch(Step("release", self))
-        self._release(mode)
+        self.release_now(mode)
         if ctx.level:
             emit("lock", f"-{self}", mode=mode)
             if ctx.level >= PRIMITIVES:
                 await switch(Step("released", self))
+
+    async def promote(self) -> Taken:
+        """From the only shared holder to exclusive. On failure the shared hold stays."""
+        if ctx.level:
+            await switch(Step("promote", self))
+        taken = await self._promote()
+        if ctx.level:
+            emit("lock", f"{'^' if taken is Taken.YES else '!'}{self}", mode=Mode.EXCLUSIVE, taken=taken)
+            if ctx.level >= PRIMITIVES:
+                await switch(Step("promoted", self))
+        return taken
+
+    async def _promote(self) -> Taken:
+        raise TypeError(f"{self} knows no shared mode")
 
     @abstractmethod
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:
         """The atomic instructions of an attempt."""
 
     @abstractmethod
-    def _release(self, mode: Mode) -> None:
-        """The atomic instruction of a release."""
+    def release_now(self, mode: Mode) -> None:
+        """The atomic instruction of a release, without a step; the whole of it in a solo run."""
 
     def _word(self) -> int:
         return self.words.get(self.key, 0)
@@ -108,14 +144,14 @@ class Mutex(TryLock):
     """``mutex_lock_t``: one byte, 0 free, 1 taken. Knows no shared mode."""
 
     __slots__ = ()
+    READER: ClassVar[int] = 1
+    NO_READERS: ClassVar[int] = 1
+    FULL: ClassVar[int] = 1
 
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:
-        if self._word():
-            return Taken.BUSY
-        self._put(1)
-        return Taken.YES
+        return Taken.YES if self.take_free(mode) else Taken.BUSY
 
-    def _release(self, mode: Mode) -> None:
+    def release_now(self, mode: Mode) -> None:
         _sane(self._word() == 1, self, "released a mutex that is not taken")
         self._put(0)
 
@@ -127,21 +163,20 @@ class Sharex(TryLock):
     """
 
     __slots__ = ()
-    EX: ClassVar[int] = 1
     READER: ClassVar[int] = 2
+    NO_READERS: ClassVar[int] = 1
+    FULL: ClassVar[int] = 0xFFFE
 
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:
-        word = self._word()
-        if mode is Mode.EXCLUSIVE:
-            if word:
-                return Taken.BUSY
-            self._put(self.EX)
+        if self.take_free(mode):
             return Taken.YES
-        self._put((word + self.READER) & 0xFFFF)
-        _sane(word != 0xFFFE, self, "reader count overflow")
-        return Taken.BUSY if word & self.EX else Taken.YES
+        if mode is Mode.SHARED:
+            word = self._word()
+            self._put((word + self.READER) & 0xFFFF)
+            _sane(word != self.FULL, self, "reader count overflow")
+        return Taken.BUSY
 
-    def _release(self, mode: Mode) -> None:
+    def release_now(self, mode: Mode) -> None:
         word = self._word()
         if mode is Mode.EXCLUSIVE:
             self._put(0)
@@ -149,6 +184,23 @@ class Sharex(TryLock):
         else:
             self._put((word - self.READER) & 0xFFFF)
             _sane(not word & self.EX and word >> 1 != 0, self, "shared release of a lock not held shared")
+
+    async def _promote(self) -> Taken:
+        word = self._word()
+        if word == self.READER:
+            self._put(self.EX)
+        _sane(not word & self.EX and word != 0, self, "promotion of a lock not held shared")
+        return Taken.YES if word >> 1 == 1 else Taken.BUSY
+
+    async def demote(self) -> None:
+        """From exclusive to the only shared holder."""
+        if ctx.level:
+            await switch(Step("demote", self))
+        word = self._word()
+        self._put(self.READER)
+        _sane(bool(word & self.EX), self, "demotion of a lock not held exclusively")
+        if ctx.level >= PRIMITIVES:
+            await switch(Step("demoted", self))
 
 
 class SharexHp(TryLock):
@@ -159,12 +211,14 @@ class SharexHp(TryLock):
     """
 
     __slots__ = ()
-    EX: ClassVar[int] = 1
     HP: ClassVar[int] = 2
     READER: ClassVar[int] = 4
-    FULL: ClassVar[int] = 0x3FFF
+    NO_READERS: ClassVar[int] = 3
+    FULL: ClassVar[int] = 0xFFFC
 
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:
+        if self.take_free(mode):
+            return Taken.YES
         return await (self._exclusive(guest) if mode is Mode.EXCLUSIVE else self._shared(guest))
 
     async def _shared(self, guest: bool) -> Taken:
@@ -181,14 +235,11 @@ class SharexHp(TryLock):
         if word & self.HP:
             await _between_atomics(self)
             self._put(self._word() & ~self.HP)
-        _sane(word >> 2 != self.FULL, self, "reader count overflow")
+        _sane(word & self.FULL != self.FULL, self, "reader count overflow")
         return Taken.YES
 
     async def _exclusive(self, guest: bool) -> Taken:
         word = self._word()
-        if not word:
-            self._put(self.EX)
-            return Taken.YES
         if word == self.HP:
             if guest:
                 return Taken.PRIORITY
@@ -205,7 +256,7 @@ class SharexHp(TryLock):
         await _between_atomics(self)
         self._put(self._word() | self.HP)
 
-    def _release(self, mode: Mode) -> None:
+    def release_now(self, mode: Mode) -> None:
         word = self._word()
         if mode is Mode.EXCLUSIVE:
             _sane(bool(word & self.EX), self, "exclusive release of a lock not held exclusively")
@@ -213,17 +264,6 @@ class SharexHp(TryLock):
         else:
             self._put((word - self.READER) & 0xFFFF)
             _sane(not word & self.EX and word >> 2 != 0, self, "shared release of a lock not held shared")
-
-    async def promote(self) -> Taken:
-        """From the only shared holder to exclusive. On failure the shared hold stays."""
-        if ctx.level:
-            await switch(Step("promote", self))
-        taken = await self._promote()
-        if ctx.level:
-            emit("lock", f"{'^' if taken is Taken.YES else '!'}{self}", mode=Mode.EXCLUSIVE, taken=taken)
-            if ctx.level >= PRIMITIVES:
-                await switch(Step("promoted", self))
-        return taken
 
     async def _promote(self) -> Taken:
         for alone in (self.READER, self.READER | self.HP):
@@ -256,6 +296,13 @@ class SeptEntryLock(TryLock):
     def _put(self, word: int) -> None:
         self.words.store(self.key, word)
 
+    def take_free(self, mode: Mode) -> bool:
+        word = self._word()
+        if word & (self.TDEL | self.TDHP):
+            return False
+        self._put(word | self.TDEL)
+        return True
+
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:
         word = self._word()
         if word & self.TDEL:
@@ -265,7 +312,10 @@ class SeptEntryLock(TryLock):
             return Taken.BUSY
         self._put(word | self.TDEL)
         if guest:
-            if not word & self.TDHP:
+            if ctx.level >= FINE:
+                await switch(Step("look for host priority", self))
+            # A plain read after the atomic one: a host may have asked for priority in between.
+            if not self._word() & self.TDHP:
                 return Taken.YES
             await _between_atomics(self)
             self._put(self._word() & ~self.TDEL)
@@ -274,7 +324,7 @@ class SeptEntryLock(TryLock):
         self._put(self._word() & ~self.TDHP)
         return Taken.YES
 
-    def _release(self, mode: Mode) -> None:
+    def release_now(self, mode: Mode) -> None:
         word = self._word()
         _sane(bool(word & self.TDEL), self, "release of an entry that is not locked")
         self._put(word & ~self.TDEL)
