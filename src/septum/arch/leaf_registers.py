@@ -37,7 +37,8 @@ HOST_REGISTERS: Final[dict[H, str]] = {
     H.TDH_MEM_RD: f"RCX: GPA of 8 bytes; RDX: TDR page -> {_SEPT_OUT}; R8: value",
     H.TDH_MNG_WR: f"{_FIELD_IN.format('TDR page')}{_WRITE_IN} -> R8: old value",
     H.TDH_MEM_WR: f"RCX: GPA of 8 bytes; RDX: TDR page; R8: value -> {_SEPT_OUT}; R8: old value",
-    H.TDH_MEM_PAGE_DEMOTE: f"{_MAP_IN} and flags; R8: new L1 Secure-EPT page; R9-R11: new L2 pages -> {_SEPT_OUT}",
+    H.TDH_MEM_PAGE_DEMOTE: f"{_MAP_IN} and flags; R8: new L1 page; R9-R11: new L2 pages"
+    f"-> {_SEPT_OUT}; R9-R11: pages not used",
     H.TDH_MR_EXTEND: f"RCX: GPA of 256 bytes; RDX: TDR page -> {_SEPT_OUT}",
     H.TDH_MR_FINALIZE: "RCX: TDR page ->",
     H.TDH_VP_FLUSH: "RCX: TDVPR page ->",
@@ -45,7 +46,7 @@ HOST_REGISTERS: Final[dict[H, str]] = {
     H.TDH_MNG_KEY_FREEID: "RCX: TDR page ->",
     H.TDH_MNG_INIT: "RCX: TDR page; RDX: TD_PARAMS -> RCX: offending CPUID leaf and sub-leaf",
     H.TDH_VP_INIT: "RCX: TDVPR page; RDX: the vCPU's initial RCX and R8 ->",
-    H.TDH_MEM_PAGE_PROMOTE: f"{_MAP_IN} -> {_SEPT_OUT}; R9-R11: freed L2 pages (version 1)",
+    H.TDH_MEM_PAGE_PROMOTE: f"{_MAP_IN} -> RCX: freed L1 page, or SEPTE; RDX: LEVEL_STATE; R9-R11: freed L2 pages (version 1)",
     H.TDH_PHYMEM_PAGE_RDMD: "RCX: page -> RCX: page type; RDX: owner; R8: page size; R9: BEPOCH",
     H.TDH_MEM_SEPT_RD: f"{_MAP_IN} -> {_SEPT_OUT}",
     H.TDH_VP_RD: f"{_FIELD_IN.format('TDVPR page')} -> {_NEXT_OUT}",
@@ -92,9 +93,9 @@ HOST_REGISTERS: Final[dict[H, str]] = {
     "R10: stream index and command; R11: MAC list 0; R12: MAC list 1; R13: new page list"
     "-> RCX: next GPA list entry",
     H.TDH_IMPORT_TRACK: "RCX: TDR page; R8: MBMD page and size; R10: stream index and command ->",
-    H.TDH_IMPORT_STATE_IMMUTABLE: f"RCX: TDR page; {_STREAM} -> RCX: offending field id; RDX: number of pages",
-    H.TDH_IMPORT_STATE_TD: f"RCX: TDR page; {_STREAM} -> RCX: offending field id; RDX: number of pages",
-    H.TDH_IMPORT_STATE_VP: f"RCX: TDVPR page; {_STREAM} -> RCX: offending field id; RDX: number of pages",
+    H.TDH_IMPORT_STATE_IMMUTABLE: f"RCX: TDR page; {_STREAM} -> RCX: error information; RDX: error information",
+    H.TDH_IMPORT_STATE_TD: f"RCX: TDR page; {_STREAM} -> RCX: error information; RDX: error information",
+    H.TDH_IMPORT_STATE_VP: f"RCX: TDVPR page; {_STREAM} -> RCX: error information; RDX: error information",
     H.TDH_MIG_STREAM_CREATE: "RCX: new MIGSC page; RDX: TDR page ->",
 }
 
