@@ -1,0 +1,1 @@
+"""What Septum does with the model: conformance with recordings, scenarios, exploration, replay."""

@@ -1,0 +1,286 @@
+"""Conformance: recorded vectors of the real TDX Module, run against the model.
+
+Every event that has an answer counts: SEAMCALLs and VM exits, memory that the module wrote, and values read from
+inside it. All registers are compared. Events that only set the machine up (``write``, ``set_tsc`` ...) do not count.
+After a difference a sequence goes on, so that one cause may show as several differences.
+
+Each sequence begins in a start state: ``poweron``, or the end of a sequence of the ``boot`` and ``prefix`` files beside
+the file. A machine is brought there once; after each sequence a journal takes it back.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from septum.arch.errors import UsageError
+from septum.arch.platform import Platform
+from septum.lab.playback import Different, Machine, describe
+from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Seamcall, Sequence, StateCheck, VectorFile
+
+POWER_ON: Final = "poweron"
+START_FILES: Final = ("boot", "prefix")
+"""How the names of the files begin whose sequences are start states for the files beside them."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many events there were, and how many of them passed."""
+
+    events: int = 0
+    passed: int = 0
+
+    def add(self, events: int, passed: int) -> None:
+        """Counts some more."""
+        self.events += events
+        self.passed += passed
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An event that the model answered in another way.
+
+    ``event`` is the number of the event in its sequence, from 1. ``expected`` and ``actual`` hold only what differs.
+    """
+
+    file: str
+    line: int
+    sequence: str
+    event: int
+    leaf: str
+    inputs: dict[str, str]
+    expected: dict[str, str]
+    actual: dict[str, str]
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run over vectors found. ``notes`` are about start states that were not reached as recorded."""
+
+    events: int = 0
+    passed: int = 0
+    by_leaf: dict[str, Tally] = field(default_factory=dict)
+    by_status: dict[str, Tally] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, leaf: str, answer: str, passed: bool) -> None:
+        """Counts one event under its interface function and the status that was recorded."""
+        self.events += 1
+        self.passed += passed
+        self.by_leaf.setdefault(leaf, Tally()).add(1, passed)
+        self.by_status.setdefault(answer, Tally()).add(1, passed)
+
+    def merge(self, other: Report, keep: int) -> None:
+        """Adds another report, up to ``keep`` differences in all."""
+        self.events += other.events
+        self.passed += other.passed
+        for mine, theirs in ((self.by_leaf, other.by_leaf), (self.by_status, other.by_status)):
+            for name, tally in theirs.items():
+                mine.setdefault(name, Tally()).add(tally.events, tally.passed)
+        self.differences = (self.differences + other.differences)[:keep]
+        self.notes += other.notes
+
+    def record(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return asdict(self)
+
+
+class Runner:
+    """Runs the files of one folder; keeps one machine and the start states on the way to the present one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        self._starts: dict[str, tuple[VectorFile, Sequence]] | None = None
+        self._machine: Machine | None = None
+        self._reached: list[tuple[str, int]] = []
+
+    def run(self, file: VectorFile, sequence: Sequence, report: Report, keep: int, leaf: str | None = None) -> None:
+        """Plays a sequence from its start state and counts its events."""
+        machine = self._enter(file, sequence)
+        mark = machine.journal.mark()
+        for number, event in enumerate(sequence.events, 1):
+            difference = _try(machine, event)
+            if isinstance(event, Input) or (leaf is not None and event.name != leaf):
+                continue
+            report.count(event.name, answer(event), difference is None)
+            if difference is not None and len(report.differences) < keep:
+                place = (str(file.path), event.line, sequence.name, number, event.name)
+                report.differences.append(Difference(*place, inputs_of(event), difference.expected, difference.actual))
+        machine.journal.undo(mark)
+
+    def _enter(self, file: VectorFile, sequence: Sequence) -> Machine:
+        """The machine in the state from which a sequence starts."""
+        if self._machine is None:
+            self._machine = Machine(Platform.from_vector_header(file.header))
+            self._reached = [(POWER_ON, self._machine.journal.mark())]
+        machine, reached = self._machine, self._reached
+        way = self._way(file, sequence)
+        common = sum(1 for _ in _while_equal(way, [name for name, _ in reached]))
+        machine.journal.undo(reached[common][1] if common < len(reached) else machine.journal.mark())
+        del reached[common:]
+        for name in way[common:]:
+            reached.append((name, machine.journal.mark()))
+            failed = sum(_try(machine, event) is not None for event in self._start(name)[1].events)
+            if failed:
+                self.notes.append(f"start state {name} of {self.folder}: {failed} events differ on the way to it")
+        return machine
+
+    def _way(self, file: VectorFile, sequence: Sequence) -> list[str]:
+        """The start states that lead to a sequence, from power-on."""
+        way = [sequence.start]
+        while way[0] != POWER_ON:
+            start = self._start(way[0], (file, sequence.line))[1].start
+            if start in way:
+                raise file.wrong(sequence.line, f"start state {start} leads to itself")
+            way.insert(0, start)
+        return way
+
+    def _start(self, name: str, asked: tuple[VectorFile, int] | None = None) -> tuple[VectorFile, Sequence]:
+        if self._starts is None:
+            files = sorted(p for p in self.folder.iterdir() if p.name.startswith(START_FILES) and ".jsonl" in p.name)
+            self._starts = {s.name: (f, s) for f in map(VectorFile, files) for s in f.sequences()}
+        if name not in self._starts:
+            names = " and ".join(f"{kind}*.jsonl*" for kind in START_FILES)
+            assert asked is not None
+            raise asked[0].wrong(asked[1], f"no sequence in {names} beside the file is the start state {name!r}")
+        return self._starts[name]
+
+
+def _while_equal(left: Iterable[str], right: Iterable[str]) -> Iterator[str]:
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            return
+        yield a
+
+
+def _try(machine: Machine, event: Event) -> Different | None:
+    """Plays an event; a defect of the model is a difference too."""
+    try:
+        machine.play(event)
+    except Different as different:
+        return different
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return Different({}, {"model": f"failed at {where}: {type(error).__name__}: {error}"})
+    return None
+
+
+def answer(event: Event) -> str:
+    """The recorded answer in words: a status, or where the CPU went."""
+    if isinstance(event, Seamcall | Exit):
+        outcome = event.outcome
+        return describe(outcome.gprs["rax"]) if outcome.state == "host" else outcome.state
+    return event.name
+
+
+def inputs_of(event: Event) -> dict[str, str]:
+    """What went into an event, for people."""
+    if isinstance(event, Seamcall):
+        return {"lp": str(event.lp)} | {name: f"{value:#x}" for name, value in event.gprs.items()}
+    if isinstance(event, Exit):
+        numbers = {
+            "reason": event.reason,
+            "qualification": event.qualification,
+            "gpa": event.gpa,
+            "gla": event.gla,
+            "interruption": event.interruption,
+            "length": event.instruction_length,
+            **event.gprs,
+        }
+        changed = {f"vmcs {encoding:#x}": f"{value:#x}" for encoding, value in event.vmcs.items()}
+        return {"lp": str(event.lp)} | {name: f"{value:#x}" for name, value in numbers.items() if value} | changed
+    if isinstance(event, MemoryCheck):
+        return {"pa": f"{event.pa:#x}"}
+    if isinstance(event, StateCheck):
+        return {"what": event.what, "tdr": f"{event.tdr:#x}"}
+    return {}
+
+
+def conform(
+    path: Path, *, keep: int = 20, limit: int | None = None, leaf: str | None = None, sequence: str | None = None
+) -> Report:
+    """Runs a file of vectors against the model.
+
+    At most ``keep`` differences are kept, ``limit`` sequences are run; ``leaf`` counts only one interface function's
+    events, ``sequence`` runs only sequences whose name contains it.
+
+    :raises UsageError: when the file, or a file with start states beside it, is not a complete file of vectors.
+    """
+    file = VectorFile(path)
+    runner = Runner(path.parent)
+    report = Report()
+    done = 0
+    for item in file.sequences():
+        if sequence is not None and sequence not in item.name:
+            continue
+        if done == limit:
+            break
+        runner.run(file, item, report, keep, leaf)
+        done += 1
+    report.notes += runner.notes
+    return report
+
+
+def conform_files(paths: list[Path], *, jobs: int = 1, keep: int = 20, **choice: Any) -> Report:
+    """Runs several files, up to ``jobs`` at the same time, with the options of :func:`conform`.
+
+    :raises UsageError: as :func:`conform`.
+    """
+    total = Report()
+    run: Callable[[Path], Report] = partial(conform, keep=keep, **choice)
+    if jobs > 1 and len(paths) > 1:
+        from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415 -- only for several files
+
+        with ProcessPoolExecutor(min(jobs, len(paths))) as pool:
+            for report in pool.map(run, paths):
+                total.merge(report, keep)
+    else:
+        for path in paths:
+            total.merge(run(path), keep)
+    return total
+
+
+def _main() -> int:
+    """``python -m septum.lab.conform``: for people who work on the model."""
+    import argparse  # noqa: PLC0415 -- only here
+    import sys  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m septum.lab.conform", description="Run vectors against the model.")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--limit", type=int, help="sequences of each file to run")
+    parser.add_argument("--leaf", help="count only this interface function")
+    parser.add_argument("--sequence", help="run only sequences whose name contains this")
+    parser.add_argument("--keep", type=int, default=10, help="differences to show")
+    parser.add_argument("--jobs", type=int, default=1, help="files to run at the same time")
+    options = parser.parse_args()
+    try:
+        report = conform_files(
+            options.files,
+            keep=options.keep,
+            jobs=options.jobs,
+            limit=options.limit,
+            leaf=options.leaf,
+            sequence=options.sequence,
+        )
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for difference in report.differences:
+        print(f"{difference.sequence}:{difference.event} {difference.leaf} (line {difference.line})")
+        for name in ("inputs", "expected", "actual"):
+            print(f"  {name:9}" + ", ".join(f"{k}={v}" for k, v in getattr(difference, name).items()))
+    for leaf, tally in sorted(report.by_leaf.items()):
+        print(f"{leaf:28}{tally.passed:8}/{tally.events}")
+    print(f"{'all':28}{report.passed:8}/{report.events}", *report.notes, sep="\n")
+    return int(report.passed != report.events)
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())
