@@ -11,6 +11,7 @@ from septum.arch.leaves import GuestLeaf as G
 from septum.arch.leaves import HostLeaf as H
 
 _SEPT_OUT: Final = "RCX: SEPTE; RDX: LEVEL_STATE"
+_FREED_OUT: Final = "RCX: on success the freed page, else SEPTE; RDX: LEVEL_STATE"
 _MAP_IN: Final = "RCX: GPA and level; RDX: TDR page"
 _FIELD_IN: Final = "RCX: {}; RDX: field id"
 _NEXT_OUT: Final = "RDX: next field id (version 1); R8: value"
@@ -46,14 +47,14 @@ HOST_REGISTERS: Final[dict[H, str]] = {
     H.TDH_MNG_KEY_FREEID: "RCX: TDR page ->",
     H.TDH_MNG_INIT: "RCX: TDR page; RDX: TD_PARAMS -> RCX: offending CPUID leaf and sub-leaf",
     H.TDH_VP_INIT: "RCX: TDVPR page; RDX: the vCPU's initial RCX and R8 ->",
-    H.TDH_MEM_PAGE_PROMOTE: f"{_MAP_IN} -> RCX: freed L1 page, or SEPTE; RDX: LEVEL_STATE; R9-R11: freed L2 pages (version 1)",
+    H.TDH_MEM_PAGE_PROMOTE: f"{_MAP_IN} -> {_FREED_OUT}; R9-R11: freed L2 pages (version 1)",
     H.TDH_PHYMEM_PAGE_RDMD: "RCX: page -> RCX: page type; RDX: owner; R8: page size; R9: BEPOCH",
     H.TDH_MEM_SEPT_RD: f"{_MAP_IN} -> {_SEPT_OUT}",
     H.TDH_VP_RD: f"{_FIELD_IN.format('TDVPR page')} -> {_NEXT_OUT}",
     H.TDH_MNG_KEY_RECLAIMID: "RCX: TDR page ->",
     H.TDH_PHYMEM_PAGE_RECLAIM: "RCX: page -> RCX: page type; RDX: owner; R8: page size",
-    H.TDH_MEM_PAGE_REMOVE: f"{_MAP_IN} -> {_SEPT_OUT}",
-    H.TDH_MEM_SEPT_REMOVE: f"{_MAP_IN} -> {_SEPT_OUT}; R9-R11: freed L2 pages (version 1)",
+    H.TDH_MEM_PAGE_REMOVE: f"{_MAP_IN} -> {_FREED_OUT}",
+    H.TDH_MEM_SEPT_REMOVE: f"{_MAP_IN} -> {_FREED_OUT}; R9-R11: freed L2 pages (version 1)",
     H.TDH_SYS_KEY_CONFIG: "->",
     H.TDH_SYS_INFO: "RCX: TDSYSINFO_STRUCT; RDX: its size; R8: CMR_INFO array; R9: its entries"
     "-> RDX: bytes written; R9: CMR entries written",
