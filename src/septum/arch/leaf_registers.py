@@ -28,7 +28,7 @@ HOST_REGISTERS: Final[dict[H, str]] = {
     H.TDH_MEM_SEPT_ADD: f"{_MAP_IN} and flags; R8: new L1 page; R9-R11: new L2 pages (version 1)"
     f"-> {_SEPT_OUT}; R8-R11: pages not used (version 1)",
     H.TDH_VP_ADDCX: "RCX: new TDCX page; RDX: TDVPR page ->",
-    H.TDH_MEM_PAGE_RELOCATE: f"RCX: GPA; RDX: TDR page; R8: new page -> {_SEPT_OUT}",
+    H.TDH_MEM_PAGE_RELOCATE: f"RCX: GPA; RDX: TDR page; R8: new page -> {_FREED_OUT}",
     H.TDH_MEM_PAGE_AUG: f"{_MAP_IN}; R8: new page -> {_SEPT_OUT}",
     H.TDH_MEM_RANGE_BLOCK: f"{_MAP_IN} -> {_SEPT_OUT}",
     H.TDH_MNG_KEY_CONFIG: "RCX: TDR page ->",
