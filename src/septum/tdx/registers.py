@@ -46,6 +46,23 @@ class Regs:
             setattr(regs, name, value)
         return regs
 
+    @classmethod
+    def from_tuple(cls, values: tuple[int, ...]) -> Regs:
+        """Registers from 15 values in the order of :data:`GPR_NAMES`."""
+        regs = cls.__new__(cls)
+        (
+            regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9, regs.r10, regs.r11,
+            regs.r12, regs.r13, regs.r14, regs.r15,
+        ) = values  # fmt: skip
+        return regs
+
+    def to_tuple(self) -> tuple[int, ...]:
+        """The 15 values in the order of :data:`GPR_NAMES`."""
+        return (
+            self.rax, self.rcx, self.rdx, self.rbx, self.rbp, self.rsi, self.rdi, self.r8, self.r9, self.r10, self.r11,
+            self.r12, self.r13, self.r14, self.r15,
+        )  # fmt: skip
+
     def values(self) -> dict[str, int]:
         """All registers by name."""
         return {name: getattr(self, name) for name in GPR_NAMES}

@@ -23,6 +23,20 @@ class Lp(Shared):
     initialised: bool = False
     busy: bool = False
     running: int = 0
+    rip_on_entry: int = 0
+    """RIP of the VCPU when it was entered last."""
+    last_entry_tsc: int = 0
+    is_single_stepping: bool = False
+    """The module steps through instructions of the VCPU, because it suspects that the host does."""
+    steps_left: int = 0
+    nmi_while_stepping: bool = False
+    init_while_stepping: bool = False
+    lfsr: int = 0xFEED_BEAF
+    """Shift register that chooses how many instructions to step through; TDH.SYS.LP.INIT seeds it."""
+    bus_lock_preempted: bool = False
+    """A bus lock was reported together with another exit, and the host has not been told yet."""
+    host_rbp: int = 0
+    """The host's RBP at TDH.VP.ENTER, given back if the TD may not change it."""
 
 
 class TdmrState(Shared):
