@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from septum.arch.operands import Operand
 from septum.arch.status import Status, with_operand
+from septum.core.steps import SOLO, ctx
 from septum.core.trylocks import Mode, SanityCheckFailed, SharexHp, Taken, TryLock
 from septum.tdx.outcome import Fail, ModuleHalt
 
@@ -14,13 +15,15 @@ class HeldLocks:
     """Takes locks, and drops them in reverse order on every way out.
 
     A lock that is busy fails the interface function with TDX_OPERAND_BUSY and the operand id given
-    (TDX_OPERAND_BUSY_HOST_PRIORITY for a guest that must give way).
+    (TDX_OPERAND_BUSY_HOST_PRIORITY for a guest that must give way). ``first_out`` names held locks that go before the
+    others, for the functions that do not drop strictly in reverse.
     """
 
-    __slots__ = ("_held", "guest")
+    __slots__ = ("_held", "first_out", "guest")
 
     def __init__(self, *, guest: bool = False) -> None:
         self.guest = guest
+        self.first_out: tuple[TryLock, ...] = ()
         self._held: list[tuple[TryLock, Mode]] = []
 
     async def take(self, lock: TryLock, mode: Mode, operand: Operand | int) -> None:
@@ -28,12 +31,13 @@ class HeldLocks:
 
         :raises Fail: when it is busy.
         """
-        try:
-            taken = await lock.acquire(mode, guest=self.guest)
-        except SanityCheckFailed as halt:
-            raise ModuleHalt(str(halt)) from None
-        if taken is not Taken.YES:
-            raise Fail(with_operand(_BUSY[taken], operand))
+        if ctx.level != SOLO or not lock.take_free(mode):
+            try:
+                taken = await lock.acquire(mode, guest=self.guest)
+            except SanityCheckFailed as halt:
+                raise ModuleHalt(str(halt)) from None
+            if taken is not Taken.YES:
+                raise Fail(with_operand(_BUSY[taken], operand))
         self._held.append((lock, mode))
 
     async def promote(self, lock: SharexHp, operand: Operand | int) -> None:
@@ -59,11 +63,14 @@ class HeldLocks:
         """The lock was released by a write to the word that holds it (a Secure EPT entry), or is handed on."""
         self._held.pop(self._place(lock))
 
-    async def drop(self) -> None:
-        """Lets go of all locks, last taken first."""
+    async def drop(self, *, oldest_first: bool = False) -> None:
+        """Lets go of all locks: ``first_out``, then the others, last taken first."""
+        for lock in self.first_out:
+            await self.release(lock)
+        self.first_out = ()
         held = self._held
         while held:
-            lock, mode = held.pop()
+            lock, mode = held.pop(0 if oldest_first else -1)
             await self._let_go(lock, mode)
 
     def hand_over(self) -> list[tuple[TryLock, Mode]]:
@@ -81,6 +88,9 @@ class HeldLocks:
     @staticmethod
     async def _let_go(lock: TryLock, mode: Mode) -> None:
         try:
-            await lock.release(mode)
+            if ctx.level == SOLO:
+                lock.release_now(mode)
+            else:
+                await lock.release(mode)
         except SanityCheckFailed as halt:
             raise ModuleHalt(str(halt)) from None
