@@ -7,10 +7,14 @@ fields that the metadata interface knows are in :mod:`septum.arch.metadata`.
 from typing import Final
 
 VPID: Final = 0x0000
+POSTED_INTERRUPT_VECTOR: Final = 0x0002
 EPTP_INDEX: Final = 0x0004
+GUEST_INTERRUPT_STATUS: Final = 0x0810
 MSR_BITMAPS: Final = 0x2004
+PML_ADDRESS: Final = 0x200E
 TSC_OFFSET: Final = 0x2010
 VIRTUAL_APIC: Final = 0x2012
+POSTED_INTERRUPT_DESCRIPTOR: Final = 0x2016
 EPTP: Final = 0x201A
 VE_INFO_ADDRESS: Final = 0x202A
 TSC_MULTIPLIER: Final = 0x2032

@@ -12,6 +12,8 @@ class Sys(Shared):
     num_initialised_lps: int = 0
     pkg_key_config: int = 0
     hkid: int = 0
+    attributes: int = 0
+    """SYS_ATTRIBUTES: RCX of TDH.SYS.INIT."""
     halted: str = ""
 
 
