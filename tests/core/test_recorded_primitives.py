@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def recordings(shared: Path | None) -> Iterator[dict[str, Any]]:
 
 
 async def context(lock: TryLock, operations: list[str]) -> tuple[Any, ...]:
-    """One program: results per operation as the recording writes them, and in which mode the lock is held at the end."""
+    """One program: what each operation resulted in, and in which mode the lock is held at the end."""
     held: Mode | None = None
     results: list[Any] = []
     for operation in operations:
@@ -105,7 +106,7 @@ def test_primitives_do_what_the_real_ones_do(shared: Path, kind: str) -> None:
         # bts leaves 0x800 (docs/fidelity.md).
         words.store(0, int(recording["initial_word"], 16) & 0xFFFFFFFF)
         programs = [
-            Program(Task(f"ctx{i}", cpu=i), lambda operations=operations: context(lock, operations))
+            Program(Task(f"ctx{i}", cpu=i), partial(context, lock, operations))
             for i, operations in enumerate(recording["programs"])
         ]
 

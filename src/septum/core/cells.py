@@ -35,7 +35,16 @@ class Recorder(Protocol):
         """Called before a write; returns whether the write is to be carried out."""
 
 
-class World:
+class Fixed:
+    """Base of objects that tasks hold on to but never change: all that changes behind them is in cells.
+
+    Two references to one such object are equal in every local state, whatever it holds.
+    """
+
+    __slots__ = ()
+
+
+class World(Fixed):
     """The shared objects of one scenario, in order of creation, and whether their accesses are tracked."""
 
     def __init__(self) -> None:

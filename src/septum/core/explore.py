@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from septum.core.cells import KEYS, World, peek, poke
+from septum.core.cells import World, poke
 from septum.core.locality import freeze, local_state
 from septum.core.run import deadlock_message
 from septum.core.steps import CALLS, Program, Step, Violation, ctx, require
@@ -296,8 +296,8 @@ class Explorer:
                             break
                     following.append((successor, after))
                 if not moves:
-                    if blocked and (violation := self._deadlock(vector)):
-                        self._violated(verdict, violation, parents, name, None)
+                    if blocked and (deadlock := self._deadlock(vector)):
+                        self._violated(verdict, deadlock, parents, name, None)
                     elif self.observer is not None:
                         outcome = self._observe(vector)
                         if outcome not in verdict.outcomes:

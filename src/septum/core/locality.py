@@ -5,7 +5,8 @@ position in every frame of the await chain, same values on the frames' evaluatio
 variables that are still *live* there (a variable that is overwritten before it is read again does not count, so retry
 loops close). :func:`local_state` turns that into a hashable key.
 
-Mutable objects that belong to the task are compared by content, shared ones (:mod:`septum.core.cells`) by identity.
+Mutable objects that belong to the task are compared by content, shared and fixed ones (:mod:`septum.core.cells`) by
+identity.
 Written for CPython 3.11 and later: liveness from the bytecode, stack contents from ``gc.get_referents``.
 """
 
@@ -19,7 +20,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from septum.core.cells import Shared, SharedMap
+from septum.core.cells import Fixed, Shared, SharedMap
 
 _PLAIN = (
     int,
@@ -85,6 +86,8 @@ def freeze(value: Any, seen: set[int] | None = None) -> Any:
         return value
     if isinstance(value, (Shared, SharedMap)):
         return ("shared", value.name)
+    if isinstance(value, Fixed):
+        return value
     seen = set() if seen is None else seen
     if id(value) in seen:
         return ("again", type(value))

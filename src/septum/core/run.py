@@ -18,8 +18,6 @@ from septum.core.trace import Trace
 
 T = TypeVar("T")
 
-T = TypeVar("T")
-
 #: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
 Chooser = Callable[[Sequence[int], int], int]
 

@@ -1,0 +1,127 @@
+"""Small random programs over shared cells, and a brute-force search to compare the explorer with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from septum.core.cells import Fixed, Shared, SharedMap, Tracking, World
+from septum.core.steps import Program, Task, step, wait_until
+
+#: Cells, and per task the place in its text and its register.
+State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+#: An instruction: (operation, cell, operand).
+Instruction = tuple[str, int, int]
+
+
+class Cells(Shared):
+    """A few named cells, beside those of a map."""
+
+    a: int = 0
+    b: int = 0
+
+
+@dataclass(eq=False)
+class Machine(Fixed):
+    """A world with cells 0 and 1 in a record and all others in a map."""
+
+    world: World
+    record: Cells
+    table: SharedMap[int, int]
+
+    @classmethod
+    def fresh(cls) -> Machine:
+        world = Tracking.world = World()
+        return cls(world, Cells("cells"), SharedMap("table", 0))
+
+    def get(self, cell: int) -> int:
+        return (self.record.a if cell == 0 else self.record.b) if cell < 2 else self.table.get(cell, 0)
+
+    def put(self, cell: int, value: int) -> None:
+        if cell == 0:
+            self.record.a = value
+        elif cell == 1:
+            self.record.b = value
+        else:
+            self.table.store(cell, value)
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(self.get(cell) for cell in range(4))
+
+
+def at_least(machine: Machine, cell: int, value: int) -> bool:
+    return machine.get(cell) >= value
+
+
+async def interpret(machine: Machine, instructions: tuple[Instruction, ...]) -> int:
+    """Runs a program; each instruction is one step."""
+    register = 0
+    for operation, cell, operand in instructions:
+        if operation == "wait":
+            await wait_until(partial(at_least, machine, cell, operand), "wait", cell)
+            continue
+        await step(operation, cell)
+        match operation:
+            case "load":
+                register = machine.get(cell)
+            case "store":
+                machine.put(cell, (register + operand) % 3)
+            case "add":
+                machine.put(cell, (machine.get(cell) + operand) % 3)
+            case "set":
+                machine.put(cell, operand)
+            case "skip_if":
+                register = register if machine.get(cell) != operand else -1
+    return register
+
+
+def programs_of(machine: Machine, texts: tuple[tuple[Instruction, ...], ...]) -> list[Program]:
+    """Tasks for the texts."""
+
+    def body(text: tuple[Instruction, ...]) -> Callable[[], Any]:
+        return lambda: interpret(machine, text)
+
+    return [Program(Task(f"t{i}", cpu=i), body(text)) for i, text in enumerate(texts)]
+
+
+def brute_force(texts: tuple[tuple[Instruction, ...], ...]) -> tuple[set[Any], set[Any], bool]:
+    """All states, all ends and whether any state is a deadlock, by a search over tuples that shares no code."""
+    start: State = ((0,) * 4, tuple((0, 0) for _ in texts))
+    seen, ends, deadlock = {start}, set[Any](), False
+    todo = [start]
+    while todo:
+        cells, tasks = todo.pop()
+        moved = False
+        for i, (place, register) in enumerate(tasks):
+            if place == len(texts[i]):
+                continue
+            operation, cell, operand = texts[i][place]
+            if operation == "wait" and cells[cell] < operand:
+                continue
+            after, value = register, cells[cell]
+            if operation == "load":
+                after = cells[cell]
+            elif operation == "store":
+                value = (register + operand) % 3
+            elif operation == "add":
+                value = (value + operand) % 3
+            elif operation == "set":
+                value = operand
+            elif operation == "skip_if" and value == operand:
+                after = -1
+            moved = True
+            following: State = (
+                (*cells[:cell], value, *cells[cell + 1 :]),
+                (*tasks[:i], (place + 1, after), *tasks[i + 1 :]),
+            )
+            if following not in seen:
+                seen.add(following)
+                todo.append(following)
+        if not moved:
+            if all(place == len(text) for (place, _), text in zip(tasks, texts, strict=True)):
+                ends.add((cells, tuple(register for _, register in tasks)))
+            else:
+                deadlock = True
+    return seen, ends, deadlock
