@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from septum.arch import leaves, sept
+from septum.arch import leaves, sept, sept_l2
 from septum.arch.cpuid import CpuModel, recording_cpu
 from septum.arch.leaves import HostLeaf
 from septum.arch.op_state import SysState
@@ -13,7 +13,7 @@ from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, is_below_max_pa, overla
 from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
-from septum.core.cells import SharedMap
+from septum.core.cells import Fixed, SharedMap
 from septum.core.trylocks import Sharex
 from septum.tdx.call import HostCall
 from septum.tdx.host import HANDLERS
@@ -55,12 +55,13 @@ BEFORE_READY = frozenset(
 )
 
 
-class Module:
+class Module(Fixed):
     """TDX Module 1.5.01 on a platform, from power-on.
 
     All its state is in cells: ``memory`` (page contents), ``pamt`` (page metadata: only entries that are not at rest),
-    ``sept`` (Secure EPT entries by physical address), ``locks`` (lock words that are not 0), and the records behind
-    :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``. ``hardware`` is where it gets time, entropy and MSRs from.
+    ``sept`` and ``sept_l2`` (Secure EPT entries by physical address), ``locks`` (lock words that are not 0), and the
+    records behind :meth:`td`, :meth:`vp`, ``sys``, ``lps``, ``kot``. ``hardware`` is where it gets time, entropy and
+    MSRs from.
     """
 
     def __init__(self, platform: Platform, cpu: CpuModel | None = None) -> None:
@@ -70,6 +71,7 @@ class Module:
         self.memory = Memory()
         self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)
+        self.sept_l2: SharedMap[int, int] = SharedMap("sept_l2", sept_l2.L2State.FREE.value)
         self.pamt: SharedMap[int, PamtEntry] = SharedMap("pamt", None)
         self.sys = Sys("SYS")
         self.lps = [Lp(f"LP{i}", index=i, package=package) for i, package in enumerate(platform.lp_package)]

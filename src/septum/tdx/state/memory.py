@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from septum.core.cells import SharedMap
+from septum.core.cells import Fixed, SharedMap
 
 PAGE = 4096
 ZERO_PAGE = bytes(PAGE)
 
 
-class Memory:
+class Memory(Fixed):
     """Contents of physical memory by page, HKID bits stripped; a page that nobody wrote is all zero.
 
     The recordings that the model is measured against have one flat memory without encryption, and so has this.

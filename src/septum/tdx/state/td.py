@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from septum.core.cells import Shared, SharedMap
+from septum.core.cells import Fixed, Shared, SharedMap
 from septum.core.trylocks import Sharex, SharexHp, TryLock
 
 MAX_TDCS_PAGES = 9
@@ -101,7 +101,7 @@ class Tdcs(Shared):
     """The one binding slot, as ``septum.tdx.servtd.Binding`` packs it."""
 
 
-class Td:
+class Td(Fixed):
     """The TD whose TDR is the page at ``pa``.
 
     ``Module.td`` finds the latest one for a page; what it is now is state.

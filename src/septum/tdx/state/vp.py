@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from septum.core.cells import Shared, SharedMap
+from septum.core.cells import Fixed, Shared, SharedMap
 
 NO_LP: Final = 0xFFFF_FFFF
 """ASSOC_LPID of a VCPU that is associated with no LP."""
@@ -60,7 +60,7 @@ class Tdvps(Shared):
     ve_info: VeInfo = VeInfo()
 
 
-class Vp:
+class Vp(Fixed):
     """The VCPU whose TDVPR is the page at ``pa``.
 
     ``vmcs`` maps VMCS encodings to values (fields of L2 VM n at ``n << 16 | encoding``), ``fields`` the other metadata
