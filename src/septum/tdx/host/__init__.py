@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from septum.tdx.host import mem_page, mem_range, mem_sept, mng, mr, phymem, sys, vp
+from septum.tdx.host import mem_page, mem_range, mem_sept, metadata, mng, mr, phymem, sys, vp
 
 if TYPE_CHECKING:
     from septum.tdx.call import HostCall
@@ -17,5 +17,5 @@ if TYPE_CHECKING:
 Handler = Callable[["HostCall"], Awaitable[int]]
 
 HANDLERS: dict[int, Handler] = {}
-for family in (sys, mng, vp, mem_sept, mem_page, mem_range, mr, phymem):
+for family in (sys, mng, vp, mem_sept, mem_page, mem_range, mr, phymem, metadata):
     HANDLERS |= family.LEAVES

@@ -6,13 +6,25 @@ Which fields there are, who may read and write which of their bits, and in which
 - ``scope``: whose fields and for whom (:class:`Scope`), and looking an id up;
 - ``storage``: where the model keeps each field;
 - ``sys``, ``td``, ``vp``, ``l2``: fields that are computed, translated or checked one by one;
-- ``elements`` and ``lists``: reading and writing one element, and writing whole lists to memory.
+- ``elements`` and ``lists``: reading and writing one element, and making lists of many;
+- ``answer``: the shape that all interface functions of this kind share.
 
 Source: TDX Module 1.5.01, ``src/common/metadata_handlers/``.
 """
 
+from septum.tdx.metadata.answer import answer_read, answer_write, clear_outputs
 from septum.tdx.metadata.elements import next_field, read_element, write_element
 from septum.tdx.metadata.lists import dump_list
 from septum.tdx.metadata.scope import Scope, host_access
 
-__all__ = ["Scope", "dump_list", "host_access", "next_field", "read_element", "write_element"]
+__all__ = [
+    "Scope",
+    "answer_read",
+    "answer_write",
+    "clear_outputs",
+    "dump_list",
+    "host_access",
+    "next_field",
+    "read_element",
+    "write_element",
+]

@@ -5,15 +5,9 @@ Source: TDX Module 1.5.01, ``src/common/metadata_handlers/metadata_sys.c``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from septum.arch.cpuid import KNOWN_FMS, SUBLEAF_NA, XFAM_FIXED0, CpuModel, configurable
 from septum.arch.metadata import Element, sys_constants
 from septum.tdx.metadata.scope import Scope
-
-if TYPE_CHECKING:
-    from septum.tdx.module import Module
 
 _STEPPING = 0xF
 _NO_LEAF = SUBLEAF_NA << 32 | 0xFFFF_FFFF
@@ -35,38 +29,34 @@ def allowed_fms(cpu: CpuModel) -> tuple[int, ...]:
     return (cpu.fms, *KNOWN_FMS[own + 1 :])
 
 
-def _at(values: tuple[int, ...], number: int, beyond: int = 0) -> int:
-    return values[number] if number < len(values) else beyond
-
-
-def _config_values(number: int) -> int:
-    entry, half = divmod(number, 2)
-    if entry >= len(configurable()):
-        return 0
-    direct = configurable()[entry].config_direct
-    return direct.high if half else direct.low
-
-
-_COMPUTED: dict[str, Callable[[Module, int], int]] = {
-    "NUM_PKGS": lambda module, number: module.platform.num_packages,
-    "PKG_FMS": lambda module, number: module.hardware.cpu.fms if number < module.platform.num_packages else 0,
-    "NUM_HANDOFF_PAGES": lambda module, number: _NUM_HANDOFF_PAGES,
-    "SYS_ATTRIBUTES": lambda module, number: module.sys.attributes,
-    "TDX_FEATURES0": lambda module, number: _TDX_FEATURES0,
-    "CMR_BASE": lambda module, number: _at(tuple(cmr.base for cmr in module.platform.cmrs), number),
-    "CMR_SIZE": lambda module, number: _at(tuple(cmr.size for cmr in module.platform.cmrs), number),
-    "XFAM_FIXED0": lambda module, number: xfam_fixed0(module.hardware.cpu),
-    "CPUID_CONFIG_LEAVES": lambda module, number: _at(
-        tuple(entry.leaf_subleaf for entry in configurable()), number, _NO_LEAF
-    ),
-    "CPUID_CONFIG_VALUES": lambda module, number: _config_values(number),
-    "NUM_ALLOWED_FMS": lambda module, number: len(allowed_fms(module.hardware.cpu)),
-    "ALLOWED_FMS": lambda module, number: _at(allowed_fms(module.hardware.cpu), number),
-}
-
-
 def read_sys(scope: Scope, element: Element) -> int:
     """The value of an element. Hand-off data, which the model does not have, reads as 0."""
-    name = element.field.name
-    computed = _COMPUTED.get(name)
-    return sys_constants().get(name, 0) if computed is None else computed(scope.module, element.number)
+    platform, cpu, number = scope.module.platform, scope.module.hardware.cpu, element.number
+    match element.field.name:
+        case "NUM_PKGS":
+            return platform.num_packages
+        case "PKG_FMS":
+            return cpu.fms if number < platform.num_packages else 0
+        case "NUM_HANDOFF_PAGES":
+            return _NUM_HANDOFF_PAGES
+        case "SYS_ATTRIBUTES":
+            return scope.module.sys.attributes
+        case "TDX_FEATURES0":
+            return _TDX_FEATURES0
+        case "CMR_BASE":
+            return platform.cmrs[number].base if number < len(platform.cmrs) else 0
+        case "CMR_SIZE":
+            return platform.cmrs[number].size if number < len(platform.cmrs) else 0
+        case "XFAM_FIXED0":
+            return xfam_fixed0(cpu)
+        case "CPUID_CONFIG_LEAVES":
+            return configurable()[number].leaf_subleaf if number < len(configurable()) else _NO_LEAF
+        case "CPUID_CONFIG_VALUES" if number < 2 * len(configurable()):
+            direct = configurable()[number // 2].config_direct
+            return direct.high if number % 2 else direct.low
+        case "NUM_ALLOWED_FMS":
+            return len(allowed_fms(cpu))
+        case "ALLOWED_FMS":
+            known = allowed_fms(cpu)
+            return known[number] if number < len(known) else 0
+    return sys_constants().get(element.field.name, 0)

@@ -10,7 +10,7 @@ from septum.arch.metadata import Access
 from septum.arch.operands import Operand
 from septum.arch.status import Status
 from septum.arch.structures import ConfigFlags
-from septum.core.steps import step
+from septum.core.steps import ATOMICS, ctx, step
 from septum.tdx.metadata import storage
 from septum.tdx.metadata.scope import Located, Scope
 from septum.tdx.outcome import check
@@ -87,7 +87,8 @@ async def write_td(scope: Scope, located: Located, value: int, mask: int) -> int
             scope.of_td.fields.store(("MIG_DEC_KEY_SET", 0), 1)
         case "MIG_VERSION":
             check(new == MIGRATION_VERSION, Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
-    await step("cmpxchg", element.field.name)
+    if ctx.level >= ATOMICS:
+        await step("cmpxchg", element.field.name)
     check(storage.read(scope, element) == old, Status.TDX_OPERAND_BUSY, Operand.METADATA_FIELD)
     storage.write(scope, element, new)
     return old & located.read_mask
