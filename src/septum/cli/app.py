@@ -8,10 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+from septum.cli.conform import conform
+from septum.cli.explore import explore
+from septum.cli.list_ import list_
 from septum.cli.measure import measure
+from septum.cli.replay import replay
+from septum.cli.run import run
 from septum.cli.status import status
 
-COMMANDS: dict[str, Callable[..., int]] = {"measure": measure, "status": status}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "measure": measure,
+    "conform": conform,
+    "run": run,
+    "explore": explore,
+    "replay": replay,
+    "status": status,
+    "list": list_,
+}
 """Every command that exists, in the order that ``--help`` shows."""
 
 

@@ -1,0 +1,167 @@
+"""``septum explore``: every state of a scenario, or samples of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from septum.arch.errors import UsageError
+from septum.cli.campaign import STATUS, diagrams, sample_runs, title, write_counterexample
+from septum.cli.options import Json, Params, Quiet, Scenario, Seed, count
+from septum.cli.output import Progress, fill, show
+
+if TYPE_CHECKING:
+    from septum.core.run import Outcome
+    from septum.lab import scenario as lab
+
+SAMPLES = 1000
+"""Runs of ``--strategy random`` unless ``--bound executions=N`` says otherwise."""
+
+
+def explore(
+    scenario: Scenario,
+    params: Params,
+    bound: Annotated[
+        list[str],
+        typer.Option(
+            "--bound",
+            metavar="NAME=N",
+            help="Stop at N states, depth, seconds or executions; repeatable.",
+            default_factory=list,
+            show_default=False,
+        ),
+    ],
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="states|random", help="Every state once, or seeded random runs.")
+    ] = "states",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Look at every interleaving of a scenario.
+
+    The verdict is proved (the whole state space), bounded (nothing found within the bounds), sampled (nothing found in
+    N executions), interrupted, or violated: then the schedule that breaks the property is written to a file for septum
+    replay, and drawn. Exit status 1 when violated.
+    """
+    from septum.lab.scenario import find_scenario
+
+    chosen = find_scenario(scenario)
+    values = chosen.values(params)
+    bounds = read_bounds(bound, strategy)
+    progress = Progress(quiet=quiet)
+    if strategy == "states":
+        record, outcomes = _every_state(chosen, values, bounds, progress)
+    else:
+        record, outcomes = _samples(chosen, values, bounds, seed, progress)
+    progress.clear()
+    record = {
+        "scenario": chosen.name,
+        "parameters": values,
+        "kernel": None,
+        "policy": None,
+        "strategy": strategy,
+        "bounds": bounds,
+    } | record
+    blocks = [title(chosen, values), summary(record), *diagrams(outcomes)]
+    if record["counterexample"]:
+        blocks.append(f"septum replay {record['counterexample']} shows this again")
+    show(record, record["verdict"], blocks, as_json=as_json, quiet=quiet)
+    return STATUS[record["verdict"]]
+
+
+KNOWN_BOUNDS = {"states": ("states", "depth", "seconds"), "random": ("executions",)}
+"""Which bounds each strategy has."""
+
+
+def read_bounds(bounds: list[str], strategy: str) -> dict[str, int]:
+    """The ``--bound NAME=N`` options. Raises ``UsageError``, also for an unknown strategy."""
+    if strategy not in KNOWN_BOUNDS:
+        raise UsageError(f"there is no strategy {strategy!r}: give one of {', '.join(KNOWN_BOUNDS)}")
+    read = {}
+    for text in bounds:
+        name, _, number = text.partition("=")
+        if name not in KNOWN_BOUNDS[strategy] or not number.isdecimal() or not 0 < int(number) < 1 << 63:
+            known = ", ".join(f"{known}=N" for known in KNOWN_BOUNDS[strategy])
+            raise UsageError(f"--bound {text!r} is no bound of strategy {strategy}: give {known}, with N above 0")
+        read[name] = int(number)
+    return read
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The verdict as a sentence, with what it is based on."""
+    within = " and ".join(f"{name}={number:,}" for name, number in record["bounds"].items())
+    words = {
+        "proved": "proved: every reachable state was looked at",
+        "bounded": f"bounded: nothing found within {within}",
+        "sampled": "sampled: nothing found in these runs, which are not all",
+        "interrupted": "interrupted: nothing found up to here",
+        "violated": f"violated: {record['property']}: {record['message']}",
+    }
+    if record["states"] is None:
+        work = [count(record["executions"], "run"), count(record["steps"], "step")]
+    else:
+        work = [
+            count(record["states"], "state"),
+            count(record["transitions"], "transition"),
+            f"depth {record['depth']:,}",
+        ]
+    work.append(f"{record['seconds']:.2f} s")
+    return f"{fill(words[record['verdict']])}\n{', '.join(work)}"
+
+
+def _every_state(
+    scenario: lab.Scenario, values: dict[str, lab.Value], bounds: dict[str, int], progress: Progress
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Explores the states; the runs are those of the counterexample."""
+    from septum.core.explore import Bounds
+    from septum.lab.recording import counterexample
+    from septum.lab.recording import explore as explore_states
+
+    def tell(states: int, transitions: int, depth: int, frontier: int) -> None:
+        progress(f"{states:,} states, {transitions:,} transitions, depth {depth:,}, {frontier:,} to go on from")
+
+    verdict = explore_states(scenario, values, Bounds(**bounds), progress=tell)
+    path: str | None = None
+    outcomes: list[Outcome] = []
+    if verdict.verdict == "violated":
+        recording, outcomes = counterexample(scenario, values, verdict)
+        path = write_counterexample(recording)
+    return {
+        "verdict": verdict.verdict,
+        "property": verdict.property,
+        "message": verdict.message,
+        "executions": verdict.runs,
+        "steps": verdict.transitions,
+        "states": verdict.states,
+        "transitions": verdict.transitions,
+        "depth": verdict.depth,
+        "seconds": verdict.seconds,
+        "collision_probability": verdict.collision_probability,
+        "counterexample": path,
+    }, outcomes
+
+
+def _samples(
+    scenario: lab.Scenario, values: dict[str, lab.Value], bounds: dict[str, int], seed: int, progress: Progress
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Samples random runs; the run, if any, is the counterexample."""
+    from septum.core.run import at_random
+    from septum.lab.recording import record
+
+    times = bounds.get("executions", SAMPLES)
+    found = sample_runs(scenario, values, at_random, times=times, seed=seed, progress=progress)
+    shown = found.shown if found.verdict == "violated" else None
+    return {
+        "verdict": found.verdict,
+        "property": shown.violation if shown else None,
+        "message": shown.message if shown else "",
+        "executions": found.executions,
+        "steps": found.steps,
+        "states": None,
+        "transitions": None,
+        "seconds": found.seconds,
+        "seed": found.seed,
+        "counterexample": write_counterexample(record(scenario, values, shown)) if shown else None,
+    }, [shown] if shown else []

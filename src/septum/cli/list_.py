@@ -1,0 +1,70 @@
+"""``septum list``: what there is to name on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from septum.arch.errors import UsageError
+from septum.cli.main import GOOD
+from septum.cli.options import Json, Quiet
+from septum.cli.output import show
+
+
+def _scenarios() -> list[dict[str, Any]]:
+    from septum.lab.scenario import scenarios
+
+    return [
+        {
+            "name": scenario.name,
+            "title": scenario.title,
+            "parameters": {str(parameter.name): parameter.default for parameter in scenario.parameters},
+        }
+        for scenario in scenarios().values()
+    ]
+
+
+def _platforms() -> list[dict[str, Any]]:
+    from septum.arch.platform import profile, profile_names
+
+    return [
+        {
+            "name": platform.name,
+            "description": platform.description,
+            "packages": platform.num_packages,
+            "lps": platform.num_lps,
+            "private_memory": platform.private_memory,
+            "private_hkids": len(platform.private_hkids),
+        }
+        for platform in map(profile, profile_names())
+    ]
+
+
+KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {"scenarios": _scenarios, "platforms": _platforms}
+"""What can be listed, and what is known of each thing."""
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of {', '.join(KINDS)}.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """List what there is: scenarios to run and explore, platforms to run on."""
+    from septum.report.tables import Table
+
+    if kind not in KINDS:
+        raise UsageError(f"there is no list of {kind!r}: give one of {', '.join(KINDS)}")
+    things = KINDS[kind]()
+    names = "\n".join(thing["name"] for thing in things)
+    columns = tuple(key.replace("_", " ") for key in things[0])
+    rows = tuple(tuple(_cell(key, value) for key, value in thing.items()) for thing in things)
+    show({kind: things}, names, [Table(rows, columns)], as_json=as_json, quiet=quiet)
+    return GOOD
+
+
+def _cell(key: str, value: Any) -> object:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={default}" for name, default in value.items())
+    return f"{value / (1 << 30):,.1f} GiB" if key.endswith("memory") else value
