@@ -13,15 +13,16 @@ from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, is_below_max_pa, overla
 from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
+from septum.arch.structures import MAX_TDMRS
 from septum.core.cells import Fixed, SharedMap
-from septum.core.trylocks import Sharex
+from septum.core.trylocks import Mutex, Sharex
 from septum.tdx.call import HostCall
 from septum.tdx.host import HANDLERS
 from septum.tdx.outcome import Fail, ModuleHalt, check
 from septum.tdx.registers import Regs
 from septum.tdx.state.hardware import Hardware
 from septum.tdx.state.memory import Memory, PamtEntry
-from septum.tdx.state.platform import KotEntry, Lp, Sys, TdmrState
+from septum.tdx.state.platform import CacheWriteback, KotEntry, Lp, Sys, TdmrState
 from septum.tdx.state.td import Td
 from septum.tdx.state.vp import Vp
 
@@ -77,7 +78,11 @@ class Module(Fixed):
         self.lps = [Lp(f"LP{i}", index=i, package=package) for i, package in enumerate(platform.lp_package)]
         self.kot = [KotEntry(f"KOT[{hkid}]") for hkid in range(platform.private_hkids.stop)]
         self.kot_lock = Sharex(self.locks, "kot", "KOT")
-        self.tdmrs: list[TdmrState] = [TdmrState(f"TDMR{i}", base=0, size=0) for i in range(64)]
+        self.sys_lock = Sharex(self.locks, "sys", "SYS")
+        self.tdmrs = [TdmrState(f"TDMR{i}") for i in range(MAX_TDMRS)]
+        self.tdmr_locks = [Mutex(self.locks, ("tdmr", i), f"TDMR[{i}]") for i in range(MAX_TDMRS)]
+        self.writebacks = [CacheWriteback(f"WBT{i}") for i in range(platform.num_packages)]
+        self.writeback_locks = [Mutex(self.locks, ("wbt", i), f"WBCACHE[{i}]") for i in range(platform.num_packages)]
         self._births: SharedMap[int, int] = SharedMap("births", 0)
         self._tds: dict[tuple[int, int], Td] = {}
         self._vps: dict[tuple[int, int], Vp] = {}
@@ -123,7 +128,10 @@ class Module(Fixed):
 
     def tdmr_of(self, pa: int) -> TdmrState | None:
         """The configured TDMR that holds an address."""
-        return next((tdmr for tdmr in self.tdmrs if tdmr.base <= pa < tdmr.base + tdmr.size), None)
+        for tdmr in self.tdmrs[: self.sys.num_tdmrs]:
+            if tdmr.base <= pa < tdmr.base + tdmr.size:
+                return tdmr
+        return None
 
     def is_covered_by_pamt(self, pa: int) -> bool:
         """``pamt_get_block``: in a TDMR, in a 1 GiB block that TDH.SYS.TDMR.INIT has finished."""

@@ -44,10 +44,12 @@ class Lp(Shared):
 class TdmrState(Shared):
     """A TDMR given to TDH.SYS.CONFIG and how far TDH.SYS.TDMR.INIT has come (``next`` address to initialise)."""
 
-    base: int
-    size: int
+    base: int = 0
+    size: int = 0
     pamt: tuple[tuple[int, int], ...] = ()
+    """Base and size of the areas for 4 KiB, 2 MiB and 1 GiB pages."""
     reserved: tuple[tuple[int, int], ...] = ()
+    """Offset and size of reserved areas."""
     next: int = 0
 
 
@@ -56,3 +58,11 @@ class KotEntry(Shared):
 
     state: int = 0
     wbinvd_bitmap: int = 0
+
+
+class CacheWriteback(Shared):
+    """``wbt_entry_t``: a write-back of a package's cache that was interrupted: after how many parts (0: there is none),
+    and the HKIDs that it was begun for."""
+
+    parts_done: int = 0
+    hkids: tuple[int, ...] = ()
