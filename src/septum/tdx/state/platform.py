@@ -9,12 +9,20 @@ class Sys(Shared):
     """``tdx_module_global_t``: the module's own state and progress of its initialisation."""
 
     state: int = 0
-    num_initialised_lps: int = 0
-    pkg_key_config: int = 0
-    hkid: int = 0
     attributes: int = 0
-    """SYS_ATTRIBUTES: RCX of TDH.SYS.INIT."""
+    sampled: tuple[tuple[int, int], ...] = ()
+    """MSRs as TDH.SYS.INIT read them: address and value."""
+    num_initialised_lps: int = 0
+    num_tdmrs: int = 0
+    hkid: int = 0
+    """The KeyID of the module itself."""
+    packages_with_key: int = 0
+    """Bitmap of the packages on which that KeyID has its key."""
     halted: str = ""
+
+    def sampled_msr(self, address: int) -> int:
+        """An MSR as TDH.SYS.INIT read it; every initialised LP had the same value then."""
+        return dict(self.sampled)[address]
 
 
 class Lp(Shared):
