@@ -135,11 +135,12 @@ def _read_only(name: str) -> Callable[[Scope, int, int], None]:
 
 
 def _sept_root(page: int, name: str) -> Store:
-    """The entries of a Secure EPT root page, which are where all entries are."""
+    """The entries of a Secure EPT root page, which are where all entries of the L1 VM or of L2 VMs are."""
 
     def get(scope: Scope, number: int) -> int:
         root = scope.module.pa_format.address(scope.of_td.tdr.tdcx_pa[page])
-        return scope.module.sept[root + QWORD * number]
+        entries = scope.module.sept if page == SEPT_ROOT_PAGE else scope.module.sept_l2
+        return entries[root + QWORD * number]
 
     return Store(get, _read_only(name))
 
