@@ -9,19 +9,32 @@ Source: TDX Module 1.5.01, ``src/common/helpers/helpers.c``, ``src/common/memory
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 from septum.arch import op_state, sept
 from septum.arch.op_state import Lifecycle
 from septum.arch.operands import Operand
-from septum.arch.pages import PAGE_MASK, Level, PageInfo, is_below_max_pa, is_valid_gpa, level_index, level_size
+from septum.arch.pages import (
+    PAGE_4K,
+    PAGE_MASK,
+    Level,
+    PageInfo,
+    is_below_max_pa,
+    is_valid_gpa,
+    level_index,
+    level_size,
+)
 from septum.arch.pamt import PageType
 from septum.arch.status import Status
+from septum.core.steps import ATOMICS, ctx, emit, step
 from septum.core.trylocks import Mode, SeptEntryLock, SharexHp
 from septum.tdx.held import HeldLocks
-from septum.tdx.outcome import Fail, check
+from septum.tdx.outcome import Fail, check, sanity
+from septum.tdx.state.memory import PamtEntry
 
 if TYPE_CHECKING:
+    from septum.core.cells import SharedMap
     from septum.tdx.module import Module
     from septum.tdx.registers import Regs
     from septum.tdx.state.platform import Lp
@@ -29,6 +42,17 @@ if TYPE_CHECKING:
 
 SHARED, EXCLUSIVE = Mode.SHARED, Mode.EXCLUSIVE
 MIN_TDCS_PAGES = 6
+PAGE_NOT_USED = 1 << 63
+"""Set in R8 to R11 on return when a Secure EPT page that was offered there was not needed."""
+
+
+class Call(Protocol):
+    """A function of the module in progress, on the host's or the guest's side."""
+
+    module: Module
+    lp: Lp
+    regs: Regs
+    locks: HeldLocks
 
 
 class HostCall:
@@ -75,34 +99,52 @@ class LockedPage:
 
 
 class SeptEntry:
-    """A Secure EPT entry that a walk arrived at: its address, level, the value read by the walk, and its lock."""
+    """A Secure EPT entry that a walk for ``gpa`` arrived at: its address, level, the value read last, and its lock."""
 
-    __slots__ = ("level", "lock", "pa", "value")
+    __slots__ = ("gpa", "level", "lock", "pa", "value")
 
-    def __init__(self, pa: int, level: int, value: int, lock: EntryLock) -> None:
+    def __init__(self, gpa: int, pa: int, level: int, value: int, lock: EntryLock) -> None:
+        self.gpa = gpa
         self.pa = pa
         self.level = level
         self.value = value
         self.lock = lock
 
+    @property
+    def page(self) -> int:
+        """Physical address of the page that a leaf entry maps."""
+        return self.value & PAGE_MASK & -level_size(self.level)
+
+    @property
+    def table(self) -> int:
+        """Physical address of the Secure EPT page that a non-leaf entry points at."""
+        return self.value & PAGE_MASK
+
+
+def check_no_interrupt(call: HostCall, operands: tuple[int, int]) -> None:
+    """Fails with INTERRUPTED_RESTARTABLE, RCX and RDX restored, when an interrupt is pending for the host."""
+    if call.module.hardware.interrupt_pending(call.lp.index):
+        call.regs.rcx, call.regs.rdx = operands
+        raise Fail(Status.TDX_INTERRUPTED_RESTARTABLE)
+
 
 # -- physical pages --------------------------------------------------------------------------------------------------
 
 
-def check_hpa(call: HostCall, pa: int, alignment: int, operand: Operand) -> None:
+def check_hpa(call: HostCall, pa: int, alignment: int, operand: int) -> None:
     """``hpa_check_with_pwr_2_alignment``: aligned, no HKID bits, below MAX_PA; else OPERAND_INVALID."""
     ok = not pa & (alignment - 1) and not call.module.pa_format.hkid(pa) and is_below_max_pa(pa)
     check(ok, Status.TDX_OPERAND_INVALID, operand)
 
 
-def check_shared_hpa(call: HostCall, pa: int, size: int, operand: Operand, alignment: int | None = None) -> None:
+def check_shared_hpa(call: HostCall, pa: int, size: int, operand: int, alignment: int | None = None) -> None:
     """``shared_hpa_check_with_pwr_2_alignment``: memory of the host, outside SEAMRR, with a shared HKID."""
     ok = not pa & ((alignment or size) - 1) and call.module.is_shared_hpa(pa, size)
     check(ok, Status.TDX_OPERAND_INVALID, operand)
 
 
 async def lock_page(
-    call: HostCall, pa: int, operand: Operand, mode: Mode, expected: PageType, size: int = Level.PT
+    call: HostCall, pa: int, operand: int, mode: Mode, expected: PageType, size: int = Level.PT
 ) -> LockedPage:
     """Checks the address, walks the PAMT to an entry of ``size``, locks it, and checks its page type.
 
@@ -115,7 +157,7 @@ async def lock_page(
     return page
 
 
-async def walk_pamt(call: HostCall, pa: int, operand: Operand, mode: Mode, size: int = Level.PT) -> LockedPage:
+async def walk_pamt(call: HostCall, pa: int, operand: int, mode: Mode, size: int = Level.PT) -> LockedPage:
     """``pamt_walk``: locks the entries from 1 GiB down, shared, and the one that maps the page in ``mode``."""
     module, locks = call.module, call.locks
     check(module.is_covered_by_pamt(pa), Status.TDX_OPERAND_ADDR_RANGE_ERROR, operand)
@@ -135,7 +177,7 @@ async def walk_pamt(call: HostCall, pa: int, operand: Operand, mode: Mode, size:
     return LockedPage(pa, key, (*taken, lock))
 
 
-async def lock_free_page(call: HostCall, pa: int, operand: Operand, size: int = Level.PT) -> LockedPage:
+async def lock_free_page(call: HostCall, pa: int, operand: int, size: int = Level.PT) -> LockedPage:
     """``check_and_lock_free_range_hpa``: a page that belongs to nobody, locked exclusively.
 
     For 2 MiB, all 512 entries below must be free too.
@@ -145,10 +187,47 @@ async def lock_free_page(call: HostCall, pa: int, operand: Operand, size: int = 
     return page
 
 
-async def unlock_page(call: HostCall, page: LockedPage) -> None:
+async def unlock_page(call: Call, page: LockedPage) -> None:
     """``pamt_unwalk`` before the end of the call."""
     for lock in reversed(page.locks):
         await call.locks.release(lock)
+
+
+@lru_cache(maxsize=1024)
+def page_of(td_pa: int, page_type: PageType) -> PamtEntry:
+    """The PAMT entry of a page that a TD has just got."""
+    return PamtEntry(page_type, td_pa, 0)
+
+
+def owned_entry(call: Call, pa: int, level: int) -> tuple[int, PamtEntry]:
+    """``pamt_implicit_get``: key and value of the PAMT entry of a page that the module knows to be in use.
+
+    :raises ModuleHalt: when the PAMT says that it is not.
+    """
+    module = call.module
+    sanity(module.is_covered_by_pamt(pa), f"no PAMT for page {pa:#x}")
+    key = pa & -level_size(level) & PAGE_MASK | level
+    entry = module.pamt_entry(key)
+    sanity(entry.page_type not in (PageType.NDA, PageType.RSVD), f"page {pa:#x} should be in use")
+    return key, entry
+
+
+async def lock_owned_page(call: Call, pa: int, level: int, operand: int = Operand.RCX) -> tuple[int, PamtEntry]:
+    """``pamt_implicit_get_and_lock``: :func:`owned_entry`, then its lock alone, exclusively. Returns key and value.
+
+    :raises Fail: OPERAND_BUSY with ``operand``.
+    :raises ModuleHalt: as :func:`owned_entry`, which looks before it locks.
+    """
+    key, _ = owned_entry(call, pa, level)
+    await call.locks.take(PamtLock(call.module.locks, key), EXCLUSIVE, operand)
+    return key, call.module.pamt_entry(key)
+
+
+def set_page_type(call: Call, key: int, page_type: PageType, owner: Td | None = None) -> None:
+    """Writes the page type, and the owner if there is a new one, of a PAMT entry. The rest stays as it was, also in the
+    entry of a page that is free now."""
+    entry = call.module.pamt_entry(key)
+    call.module.pamt[key] = PamtEntry(page_type, entry.owner if owner is None else owner.pa, entry.bepoch)
 
 
 # -- TDs -------------------------------------------------------------------------------------------------------------
@@ -167,6 +246,13 @@ def check_build_state(td: Td) -> None:
     check(td.tdr.num_tdcx >= MIN_TDCS_PAGES, Status.TDX_TDCS_NOT_ALLOCATED)
 
 
+async def add_children(td: Td, count: int) -> None:
+    """Adds to TDR.CHLDCNT, the number of 4 KiB pages that a TD has, in one atomic instruction."""
+    if ctx.level >= ATOMICS:
+        await step("xadd", f"{td}.CHLDCNT")
+    td.tdr.chldcnt += count
+
+
 async def lock_op_state(call: HostCall, td: Td, mode: Mode | None = SHARED) -> None:
     """``check_state_map_tdcs_and_lock``: build state, the OP_STATE lock (unless ``mode`` is None), and whether the TD's
     operation state allows this leaf."""
@@ -176,10 +262,31 @@ async def lock_op_state(call: HostCall, td: Td, mode: Mode | None = SHARED) -> N
     check(td.tdcs.op_state in op_state.HOST_ALLOWED[call.leaf], Status.TDX_OP_STATE_INCORRECT)
 
 
+async def lock_td(call: HostCall, pa: int, operand: Operand = Operand.RDX) -> Td:
+    """The TD whose TDR is at ``pa``: TDR and OP_STATE locked shared, in a state that allows this leaf."""
+    td = await lock_tdr(call, pa, operand, SHARED)
+    await lock_op_state(call, td)
+    return td
+
+
+def decode_tdr_and_flag(raw: int) -> tuple[int, bool]:
+    """``td_handle_and_flags_t``: a TDR's address with a flag in bit 0.
+
+    :raises Fail: OPERAND_INVALID with RDX when another bit outside the address is set.
+    """
+    check(not raw & ~(PAGE_MASK | 1), Status.TDX_OPERAND_INVALID, Operand.RDX)
+    return raw & PAGE_MASK, bool(raw & 1)
+
+
 # -- Secure EPT ------------------------------------------------------------------------------------------------------
 
 
-def decode_page_info(raw: int, lowest: Level, highest: Level, operand: Operand = Operand.RCX) -> PageInfo:
+def root_level(td: Td) -> int:
+    """Level of the entries in the root page: PML4 or PML5."""
+    return td.tdcs.eptp >> 3 & 7
+
+
+def decode_page_info(raw: int, lowest: int, highest: int, operand: Operand = Operand.RCX) -> PageInfo:
     """``verify_page_info_input``: a GPA-and-level operand."""
     info = PageInfo.decode(raw)
     check(info.is_valid(lowest, highest), Status.TDX_OPERAND_INVALID, operand)
@@ -189,12 +296,12 @@ def decode_page_info(raw: int, lowest: Level, highest: Level, operand: Operand =
 def walk_sept(module: Module, td: Td, gpa: int, level: int) -> SeptEntry:
     """``secure_ept_walk``: towards ``level``, as far as non-leaf entries are mapped."""
     table = td.tdcs.eptp & PAGE_MASK
-    at = td.tdcs.eptp >> 3 & 7
+    at = root_level(td)
     while True:
         pa = table + 8 * level_index(gpa, at)
         value = module.sept[pa]
         if at == level or not value & sept.RWX or value & sept.PS:
-            return SeptEntry(pa, at, value, EntryLock(module.sept, pa))
+            return SeptEntry(gpa, pa, at, value, EntryLock(module.sept, pa))
         table = value & PAGE_MASK
         at -= 1
 
@@ -225,6 +332,19 @@ async def lock_sept_entry(call: HostCall, entry: SeptEntry, operand: Operand = O
     entry.value = call.module.sept[entry.pa]
 
 
+async def lock_entry(
+    call: HostCall, td: Td, gpa_and_level: int, lowest: int, highest: int, tree: Mode = SHARED
+) -> SeptEntry:
+    """The way of the TDH.MEM leaves to the entry that RCX names: checks, the tree lock, the walk, the entry's lock.
+
+    :raises Fail: OPERAND_INVALID, EPT_WALK_FAILED or OPERAND_BUSY with RCX, OPERAND_BUSY with SEPT_TREE.
+    """
+    info = decode_page_info(gpa_and_level, lowest, highest)
+    entry = await lock_sept_and_walk(call, td, info.gpa, info.level, tree, Operand.RCX)
+    await lock_sept_entry(call, entry)
+    return entry
+
+
 def check_entry_allows(call: HostCall, entry: SeptEntry, operand: Operand = Operand.RCX) -> None:
     """Whether the entry's state allows this leaf; else EPT_ENTRY_STATE_INCORRECT, with the entry in RCX and RDX."""
     if entry.value & sept.STATE_MASK not in sept.HOST_ALLOWED[call.leaf]:
@@ -232,6 +352,51 @@ def check_entry_allows(call: HostCall, entry: SeptEntry, operand: Operand = Oper
         raise Fail(Status.TDX_EPT_ENTRY_STATE_INCORRECT, operand)
 
 
+def is_tlb_tracked(td: Td, bepoch: int) -> bool:
+    """Whether no TLB can still hold what was blocked in epoch ``bepoch``."""
+    epoch = td.tdcs.td_epoch
+    if bepoch == epoch - 1:
+        return td.tdcs.refcount[bepoch & 1] == 0
+    return bepoch < epoch - 1
+
+
+def check_tlb_tracked(call: HostCall, td: Td, entry: SeptEntry, bepoch: int, operand: Operand = Operand.RCX) -> None:
+    """Before a translation goes away: while VCPUs may run, it must have been blocked, and tracked since.
+
+    :raises Fail: GPA_RANGE_NOT_BLOCKED with RCX (and the entry in RCX and RDX), TLB_TRACKING_NOT_DONE with ``operand``.
+    """
+    if td.tdcs.op_state not in op_state.TLB_TRACKING_REQUIRED or not sept.is_tlb_tracking_required(entry.value):
+        return
+    if not sept.is_any_blocked(entry.value):
+        return_entry(call, entry)
+        raise Fail(Status.TDX_GPA_RANGE_NOT_BLOCKED, Operand.RCX)
+    check(is_tlb_tracked(td, bepoch), Status.TDX_TLB_TRACKING_NOT_DONE, operand)
+
+
+async def write_entry(call: Call, entry: SeptEntry, value: int) -> None:
+    """A 64-bit write of an entry; lets go of the entry's lock unless the value holds it, and loses its priority bit."""
+    await step("write", entry.lock)
+    call.module.sept.store(entry.pa, value)
+    entry.value = value
+    if not value & sept.TDEL:
+        call.locks.forget(entry.lock)
+    if ctx.level:
+        emit("write", f"={entry.lock}", value=value)
+        await step("written", entry.lock)
+
+
 def return_entry(call: HostCall, entry: SeptEntry) -> None:
     """``set_arch_septe_details_in_vmm_regs``: the entry as the VMM may see it, and its level and state."""
     call.regs.rcx, call.regs.rdx = sept.arch_details(entry.value, entry.level)
+
+
+def table_entries(table: int) -> range:
+    """Physical addresses of the 512 entries in a Secure EPT page."""
+    return range(table, table + PAGE_4K, 8)
+
+
+def clear_table(entries: SharedMap[int, int], table: int) -> None:
+    """Fills a Secure EPT page with free entries, whatever it held when it was last used."""
+    for pa in table_entries(table):
+        if pa in entries:
+            entries.pop(pa)

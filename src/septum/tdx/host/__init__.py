@@ -9,7 +9,20 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from septum.tdx.host import mem_page, mem_range, mem_sept, metadata, mng, mr, phymem, sys, vp
+from septum.tdx.host import (
+    mem_page,
+    mem_range,
+    mem_rdwr,
+    mem_resize,
+    mem_sept,
+    metadata,
+    mng,
+    mr,
+    phymem,
+    servtd,
+    sys,
+    vp,
+)
 
 if TYPE_CHECKING:
     from septum.tdx.call import HostCall
@@ -17,5 +30,5 @@ if TYPE_CHECKING:
 Handler = Callable[["HostCall"], Awaitable[int]]
 
 HANDLERS: dict[int, Handler] = {}
-for family in (sys, mng, vp, mem_sept, mem_page, mem_range, mr, phymem, metadata):
+for family in (sys, mng, vp, mem_sept, mem_page, mem_resize, mem_range, mem_rdwr, mr, phymem, metadata, servtd):
     HANDLERS |= family.LEAVES
