@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,20 +14,30 @@ from septum.cli.main import BAD, GOOD
 from septum.cli.options import Json, Quiet
 from septum.cli.output import show
 
-FORMATS = ("text",)
-"""How a schedule can be shown."""
+if TYPE_CHECKING:
+    from septum.core.trace import Event
+
+FORMATS = {"text": "", "perfetto": ".pftrace", "html": ".html"}
+"""How a run can be shown; the others than text are files, beside the current folder's other files."""
 
 
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule that septum explore or run wrote.")],
-    form: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS), help="How to show it.")] = "text",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="|".join(FORMATS), help="A diagram, or a file for ui.perfetto.dev or a browser."
+        ),
+    ] = "text",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Show a recorded run again, step for step.
 
+    The file for another format than text is written into the current folder, under the name of FILE.
     Exit status 1 when the run violates a property, or is no longer the run that was recorded.
     """
+    from septum.lab.files import write_whole
     from septum.lab.recording import digest, load
     from septum.lab.recording import replay as run_again
     from septum.lab.scenario import find_scenario
@@ -47,9 +58,26 @@ def replay(
         "recorded_with": recording.version,
         "runs": [events_of(outcome) for outcome in outcomes],
     }
-    blocks = [title(find_scenario(recording.scenario), recording.parameters), *diagrams(outcomes)]
+    name = title(find_scenario(recording.scenario), recording.parameters)
     verdict = f"violated: {last.violation}" if last.violation else "no property is violated"
     if not same:
         verdict += f"\nthis is not the run that was recorded: the file is from Septum {recording.version}"
-    show(record, verdict, [*blocks, verdict], as_json=as_json, quiet=quiet)
+    if form == "text":
+        drawn = diagrams(outcomes)
+    else:
+        path = Path(file.name).with_suffix(FORMATS[form])
+        write_whole(path, _rendered(form, last.trace.events, name, verdict))
+        record["written"] = str(path)
+        drawn = [f"written: {path}"]
+    show(record, verdict, [name, *drawn, verdict], as_json=as_json, quiet=quiet)
     return GOOD if same and not last.violation else BAD
+
+
+def _rendered(form: str, events: Sequence[Event], name: str, verdict: str) -> bytes:
+    if form == "html":
+        from septum.report.page import run_page
+
+        return run_page(events, name, verdict).encode()
+    from septum.report.perfetto import perfetto_trace
+
+    return perfetto_trace(events, name)

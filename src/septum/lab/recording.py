@@ -19,6 +19,7 @@ from septum.arch.errors import UsageError
 from septum.core.explore import Bounds, Explorer, Verdict
 from septum.core.run import Chooser, Outcome, recorded, run
 from septum.core.trace import pack_schedule, unpack_schedule
+from septum.lab.files import write_whole
 from septum.lab.scenario import Scenario, Value, find_scenario
 
 FORMAT: Final = "septum-schedule/1"
@@ -101,9 +102,7 @@ def save(recording: Recording, folder: Path | None = None) -> Path:
     text = json.dumps(recording.to_json(), indent=1) + "\n"
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]
     path = (folder or Path.cwd()) / f"{recording.scenario}-{what}-{mark}.json"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
+    write_whole(path, text.encode())
     return path
 
 

@@ -1,9 +1,9 @@
 """Calls that take two try-locks: the contention of the TDX Module in its smallest form.
 
 Each of ``vcpus`` virtual CPUs makes ``rounds`` calls. A call takes two locks one after the other, even CPUs in one
-order and odd ones in the other, and never waits: a lock that is busy makes it drop what it holds and report BUSY, and the
-caller tries again at most ``retry`` times before it gives the round up. Inside, a counter is read and written in two
-steps.
+order and odd ones in the other, and never waits: a lock that is busy makes it drop what it holds and report BUSY, and
+the caller tries again at most ``retry`` times before it gives the round up. Inside, a counter is read and written in
+two steps.
 
 With 3 CPUs and 3 retries this is, step for step, the Promela model whose state counts SPIN gives as 4,027, 84,640 and
 612,724 for 1, 2 and 3 rounds. ``locks`` below 2 leaves locks out: then updates of the counter get lost.
