@@ -25,6 +25,9 @@ from septum.tdx.state.memory import Memory, PamtEntry
 from septum.tdx.state.platform import CacheWriteback, KotEntry, Lp, Sys, TdmrState
 from septum.tdx.state.td import Td
 from septum.tdx.state.vp import Vp
+from septum.tdx.td_exit import td_exit
+from septum.tdx.vm_exit import VmExit
+from septum.tdx.td_params import NativeCpu
 
 FREE_PAGE = PamtEntry(PageType.NDA, 0, 0)
 RESERVED_PAGE = PamtEntry(PageType.RSVD, 0, 0)
@@ -65,10 +68,15 @@ class Module(Fixed):
     MSRs from.
     """
 
-    def __init__(self, platform: Platform, cpu: CpuModel | None = None) -> None:
+    def __init__(
+        self, platform: Platform, cpu: CpuModel | None = None, features: frozenset[str] = frozenset()
+    ) -> None:
+        """``features`` are what newer modules have and 1.5.01 has not: ``vp_init_v1`` (TDH.VP.INIT version 1)."""
         self.platform = platform
+        self.versioned = VERSIONED | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())
         self.pa_format = platform.pa_format
         self.hardware = Hardware(platform, cpu or recording_cpu())
+        self.native_cpu = NativeCpu(self.hardware.cpu)
         self.memory = Memory()
         self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)
@@ -178,10 +186,26 @@ class Module(Fixed):
         await call.locks.drop()
         return regs
 
+    async def td_exit(self, lp: int, exit_: VmExit) -> Regs | None:
+        """A VM exit of the guest that runs on ``lp``.
+
+        Returns None when the guest goes on, with the registers in its ``Vp.tdvps.gprs``, and the host's registers when
+        the TD was left.
+
+        :raises ModuleHalt: when a sanity check fails, or the module has halted before.
+        """
+        if self.sys.halted:
+            raise ModuleHalt(self.sys.halted)
+        try:
+            return await td_exit(self, self.lps[lp], exit_)
+        except ModuleHalt as halt:
+            self.sys.halted = str(halt)
+            raise
+
     async def _dispatch(self, call: HostCall, rax: int) -> int:
         """The checks of ``tdx_vmm_dispatcher`` and the interface function itself."""
         handler = HANDLERS.get(call.leaf)
-        reserved = rax & leaves.RESERVED_MASK or (call.version and call.leaf not in VERSIONED)
+        reserved = rax & leaves.RESERVED_MASK or (call.version and call.leaf not in self.versioned)
         check(not reserved, Status.TDX_OPERAND_INVALID, Operand.RAX)
         state = self.sys.state
         if state != SysState.READY:

@@ -5,13 +5,26 @@ Model code never invents such values. A harness sets them in these cells; as the
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 from septum.arch.cpuid import CpuModel
 from septum.arch.platform import Platform
-from septum.core.cells import Shared, SharedMap
+from septum.core.cells import Fixed, Shared, SharedMap
 
 U64 = (1 << 64) - 1
 IA32_INTR_PENDING = 0x9A
 """Not 0: an interrupt for the host is pending on the LP, so that long-running functions stop to let it in."""
+
+
+class PconfigStatus(IntEnum):
+    """What PCONFIG answers when it is to program a key."""
+
+    SUCCESS = 0
+    INVALID_COMMAND = 1
+    ENTROPY_ERROR = 2
+    INVALID_KEYID = 3
+    INVALID_ENCRYPTION = 4
+    DEVICE_BUSY = 5
 
 
 class HardwareInputs(Shared):
@@ -25,11 +38,11 @@ class HardwareInputs(Shared):
     """State of the stream of random numbers (splitmix64)."""
     entropy_exhausted: bool = False
     """RDSEED and RDRAND have nothing to give."""
-    pconfig_error: int = 0
-    """What PCONFIG answers (`PconfigStatus`)."""
+    pconfig_error: int = PconfigStatus.SUCCESS
+    """What PCONFIG answers: a :class:`PconfigStatus`."""
 
 
-class Hardware:
+class Hardware(Fixed):
     """The inputs, the CPU model, and MSRs that were changed after power-on, by LP and address."""
 
     __slots__ = ("cpu", "inputs", "msrs")

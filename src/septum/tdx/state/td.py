@@ -17,6 +17,8 @@ MAX_TDCS_PAGES = 9
 MAX_L2_VMS = 3
 SEPT_ROOT_PAGE = 3
 """Index of the TDCX page that is the root of the Secure EPT."""
+FIRST_L2_SEPT_ROOT_PAGE = 6
+"""Those of L2 VMs follow from here on."""
 
 
 class Tdr(Shared):
