@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from septum.arch.operands import Operand
-from septum.arch.status import Status, with_operand
+from septum.arch.status import with_operand
 
 
 class Fail(Exception):
@@ -18,7 +18,7 @@ class ModuleHalt(Exception):
     """A sanity check of the module failed: the real module disables itself on every LP and never answers again."""
 
 
-def check(condition: object, status: Status, operand: Operand | int | None = None) -> None:
+def check(condition: object, status: int, operand: Operand | int | None = None) -> None:
     """Fails the interface function with ``status`` unless ``condition`` holds."""
     if not condition:
         raise Fail(status, operand)
