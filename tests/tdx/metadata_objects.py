@@ -16,7 +16,7 @@ ALL = (1 << 64) - 1
 
 
 class Objects:
-    """The module on ``platform``, initialised on all LPs; a TD with CPUID values and ``l2_vms`` L2 VMs; a VCPU of it."""
+    """The module on a platform, initialised on all LPs; a TD with CPUID values and some L2 VMs; a VCPU of it."""
 
     def __init__(self, platform: Platform | None = None, *, l2_vms: int = 0, attributes: int = 0) -> None:
         self.module = Module(platform or profile())
