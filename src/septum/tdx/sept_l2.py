@@ -134,6 +134,16 @@ _ENTRY_BITS: Final = (
 _ALL_BITS: Final = sum(bit for _, bit in _ENTRY_BITS)
 
 
+def split_attributes(raw: int) -> list[int]:
+    """``gpa_attr_t`` as 16 bits for each VM."""
+    return [raw >> 16 * vm & 0xFFFF for vm in range(MAX_VMS)]
+
+
+def join_attributes(attributes: list[int]) -> int:
+    """The inverse of :func:`split_attributes`."""
+    return sum(bits << 16 * vm for vm, bits in enumerate(attributes))
+
+
 def is_present(attributes: int) -> bool:
     """``is_gpa_attr_present``: some access is allowed."""
     return attributes & _PRESENT != 0
