@@ -11,7 +11,8 @@ from septum.arch.cpuid import XFAM_FIXED1
 from septum.arch.structures import ConfigFlags, TdAttributes
 from septum.tdx.td_params.native import MAX_XFAM_BIT, NativeCpu
 
-ATTRIBUTES_FIXED0: Final = (
+# As plain integers: the complement of an IntFlag loses bits that have no name.
+ATTRIBUTES_FIXED0: Final = int(
     TdAttributes.DEBUG
     | TdAttributes.SEPT_VE_DISABLE
     | TdAttributes.MIGRATABLE
@@ -19,7 +20,7 @@ ATTRIBUTES_FIXED0: Final = (
     | TdAttributes.PERFMON
 )
 """Bits of ATTRIBUTES that a TD may have."""
-CONFIG_FLAGS_FIXED0: Final = ConfigFlags.GPAW | ConfigFlags.FLEXIBLE_PENDING_VE | ConfigFlags.NO_RBP_MOD
+CONFIG_FLAGS_FIXED0: Final = int(ConfigFlags.GPAW | ConfigFlags.FLEXIBLE_PENDING_VE | ConfigFlags.NO_RBP_MOD)
 """Bits of CONFIG_FLAGS that a TD may have."""
 MIN_TSC_FREQUENCY: Final = 4
 MAX_TSC_FREQUENCY: Final = 400
