@@ -9,7 +9,7 @@ from typing import Final
 
 from septum.arch.errors import UsageError
 from septum.core.cells import Tracking, World
-from septum.core.explore import Invariant
+from septum.core.automata import Invariant
 from septum.core.steps import CALLS, Program
 
 Value = int | str
