@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Final
 
 from septum.arch.errors import UsageError
-from septum.core.cells import Tracking, World
 from septum.core.automata import Invariant
+from septum.core.cells import Tracking, World
 from septum.core.steps import CALLS, Program
 
 Value = int | str

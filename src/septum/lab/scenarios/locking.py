@@ -7,8 +7,8 @@ another SEAMCALL returns while ``mmu_lock`` is held.
 
 from __future__ import annotations
 
-from septum.core.cells import Shared
 from septum.core.automata import Invariant
+from septum.core.cells import Shared
 from septum.core.klocks import Mutex, RwLock
 from septum.core.steps import Program, Task, wait_until
 from septum.lab.scenario import Parameter, Scenario

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from septum.core.cells import Shared, SharedMap
 from septum.core.automata import Invariant
+from septum.core.cells import Shared, SharedMap
 from septum.core.steps import Program, Task, emit, require, step
 from septum.core.trylocks import Mode, Mutex, Taken
 from septum.lab.scenario import Parameter, Scenario
