@@ -26,8 +26,8 @@ from septum.tdx.state.platform import CacheWriteback, KotEntry, Lp, Sys, TdmrSta
 from septum.tdx.state.td import Td
 from septum.tdx.state.vp import Vp
 from septum.tdx.td_exit import td_exit
-from septum.tdx.vm_exit import VmExit
 from septum.tdx.td_params import NativeCpu
+from septum.tdx.vm_exit import VmExit
 
 FREE_PAGE = PamtEntry(PageType.NDA, 0, 0)
 RESERVED_PAGE = PamtEntry(PageType.RSVD, 0, 0)
@@ -175,7 +175,9 @@ class Module(Fixed):
             raise ModuleHalt(self.sys.halted)
         rax = regs.rax
         leaf, version = rax & leaves.LEAF_MASK, rax >> leaves.VERSION_SHIFT & leaves.VERSION_MASK
-        call = HostCall(self, self.lps[lp], regs, leaf, version)
+        caller = self.lps[lp]
+        call = HostCall(self, caller, regs, leaf, version)
+        caller.busy = True
         try:
             regs.rax = await self._dispatch(call, rax)
         except Fail as fail:
@@ -184,6 +186,8 @@ class Module(Fixed):
             self.sys.halted = str(halt)
             raise
         await call.locks.drop()
+        if not caller.running:
+            caller.busy = False
         return regs
 
     async def td_exit(self, lp: int, exit_: VmExit) -> Regs | None:
@@ -197,10 +201,13 @@ class Module(Fixed):
         if self.sys.halted:
             raise ModuleHalt(self.sys.halted)
         try:
-            return await td_exit(self, self.lps[lp], exit_)
+            regs = await td_exit(self, self.lps[lp], exit_)
         except ModuleHalt as halt:
             self.sys.halted = str(halt)
             raise
+        if regs is not None:
+            self.lps[lp].busy = False
+        return regs
 
     async def _dispatch(self, call: HostCall, rax: int) -> int:
         """The checks of ``tdx_vmm_dispatcher`` and the interface function itself."""
