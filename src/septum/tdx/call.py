@@ -131,7 +131,7 @@ def check_no_interrupt(call: HostCall, operands: tuple[int, int]) -> None:
 # -- physical pages --------------------------------------------------------------------------------------------------
 
 
-def check_hpa(call: HostCall, pa: int, alignment: int, operand: int) -> None:
+def check_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
     """``hpa_check_with_pwr_2_alignment``: aligned, no HKID bits, below MAX_PA; else OPERAND_INVALID."""
     ok = not pa & (alignment - 1) and not call.module.pa_format.hkid(pa) and is_below_max_pa(pa)
     check(ok, Status.TDX_OPERAND_INVALID, operand)
@@ -144,7 +144,7 @@ def check_shared_hpa(call: HostCall, pa: int, size: int, operand: int, alignment
 
 
 async def lock_page(
-    call: HostCall, pa: int, operand: int, mode: Mode, expected: PageType, size: int = Level.PT
+    call: Call, pa: int, operand: int, mode: Mode, expected: PageType, size: int = Level.PT
 ) -> LockedPage:
     """Checks the address, walks the PAMT to an entry of ``size``, locks it, and checks its page type.
 
@@ -157,7 +157,7 @@ async def lock_page(
     return page
 
 
-async def walk_pamt(call: HostCall, pa: int, operand: int, mode: Mode, size: int = Level.PT) -> LockedPage:
+async def walk_pamt(call: Call, pa: int, operand: int, mode: Mode, size: int = Level.PT) -> LockedPage:
     """``pamt_walk``: locks the entries from 1 GiB down, shared, and the one that maps the page in ``mode``."""
     module, locks = call.module, call.locks
     check(module.is_covered_by_pamt(pa), Status.TDX_OPERAND_ADDR_RANGE_ERROR, operand)
@@ -233,7 +233,7 @@ def set_page_type(call: Call, key: int, page_type: PageType, owner: Td | None = 
 # -- TDs -------------------------------------------------------------------------------------------------------------
 
 
-async def lock_tdr(call: HostCall, pa: int, operand: Operand, mode: Mode) -> Td:
+async def lock_tdr(call: Call, pa: int, operand: Operand, mode: Mode) -> Td:
     """``check_lock_and_map_explicit_tdr``: the TD whose TDR is at ``pa``."""
     await lock_page(call, pa, operand, mode, PageType.TDR)
     return call.module.td(pa)
