@@ -26,7 +26,7 @@ _GP: Final = _EXCEPTION | vmcs.ERROR_CODE_VALID | vmcs.VECTOR_GP
 _PF: Final = _EXCEPTION | vmcs.ERROR_CODE_VALID | vmcs.VECTOR_PF
 _VE: Final = _EXCEPTION | vmcs.VECTOR_VE
 _KIND: Final = vmcs.VALID | vmcs.TYPE_MASK | vmcs.VECTOR_MASK
-_RFLAGS_TF: Final = 1 << 8
+RFLAGS_TF: Final = 1 << 8
 _DEBUGCTL_BTF: Final = 1 << 1
 PENDING_BS: Final = 1 << 14
 
@@ -37,6 +37,11 @@ def _inject(vp: Vp, event: int, error_code: int = 0) -> None:
     if event & vmcs.ERROR_CODE_VALID:
         fields.store(vmcs.ENTRY_ERROR_CODE, error_code)
     fields[vmcs.GUEST_RFLAGS] = fields[vmcs.GUEST_RFLAGS] | vmcs.RFLAGS_RF
+
+
+def inject_nmi(vp: Vp) -> None:
+    """NMI."""
+    vp.vmcs[vmcs.ENTRY_INTERRUPTION] = vmcs.VALID | vmcs.TYPE_NMI | vmcs.VECTOR_NMI
 
 
 def inject_ud(vp: Vp) -> None:
@@ -102,7 +107,7 @@ def set_pending_step(vp: Vp) -> None:
     """``set_guest_pde_bs``: a single-step trap is pending exactly if the guest runs with RFLAGS.TF and without BTF."""
     fields = vp.vmcs
     pending = fields[vmcs.GUEST_PENDING_DEBUG]
-    stepping = fields[vmcs.GUEST_RFLAGS] & _RFLAGS_TF and not fields[vmcs.GUEST_DEBUGCTL] & _DEBUGCTL_BTF
+    stepping = fields[vmcs.GUEST_RFLAGS] & RFLAGS_TF and not fields[vmcs.GUEST_DEBUGCTL] & _DEBUGCTL_BTF
     if stepping or pending:
         fields.store(vmcs.GUEST_PENDING_DEBUG, pending & ~PENDING_BS | (PENDING_BS if stepping else 0))
 

@@ -73,3 +73,7 @@ class TdVmcall(Exception):
 
 class ResumeGuest(Exception):
     """Ends a TDCALL at once: the guest goes on without a completion status, at the same RIP or at an injected event."""
+
+
+class Interrupted(ResumeGuest):
+    """A long TDCALL stopped to let an interrupt in; the guest's registers stay as they were and it calls again."""

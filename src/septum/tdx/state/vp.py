@@ -53,6 +53,8 @@ class Tdvps(Shared):
     hp_lock_busy_start: int = 0
     curr_vm: int = 0
     vm_launched: bool = False
+    lp_dependent_hpa_updated: bool = False
+    module_dependent_fields_updated: bool = False
     gprs: tuple[int, ...] = (0,) * 15
     cr2: int = 0
     xcr0: int = 0
