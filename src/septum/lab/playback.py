@@ -42,7 +42,8 @@ def describe(rax: int) -> str:
     return f"{decoded.name} ({decoded.detail_text})" if decoded.detail_text else decoded.name
 
 
-def _show(name: str, value: object, *, as_status: bool) -> str:
+def show(name: str, value: object, *, as_status: bool = True) -> str:
+    """A register's value for people; RAX as a status."""
     if not isinstance(value, int):
         return str(value)
     return f"{value:#x} {describe(value)}" if as_status and name == "rax" else f"{value:#x}"
@@ -55,8 +56,8 @@ def compare(expected: Mapping[str, Any], actual: Mapping[str, Any], *, as_status
     names = [n for n in {**expected, **actual} if expected.get(n, 0) != actual.get(n, 0)]
     if names:
         raise Different(
-            {n: _show(n, expected.get(n, 0), as_status=as_status) for n in names},
-            {n: _show(n, actual.get(n, 0), as_status=as_status) for n in names},
+            {n: show(n, expected.get(n, 0), as_status=as_status) for n in names},
+            {n: show(n, actual.get(n, 0), as_status=as_status) for n in names},
         )
 
 
@@ -117,19 +118,25 @@ def _check_guest(module: Module, lp: int, expected: Outcome) -> None:
     compare(expected.ve_info, ve_info, as_status=False)
 
 
-def _check_outcome(module: Module, lp: int, regs: Regs, expected: Outcome, before: Mapping[str, int]) -> None:
-    """Compares where the CPU is and what its registers hold with the recording."""
-    state = "in_td" if module.lps[lp].running else "host"
-    if state != expected.state:
-        rax = f"{regs.rax:#x} {describe(regs.rax)}"
-        wanted = {"state": expected.state}
-        if expected.state == "host":
-            wanted["rax"] = f"{expected.gprs['rax']:#x} {describe(expected.gprs['rax'])}"
-        raise Different(wanted, {"state": state, "rax": rax} if state == "host" else {"state": state})
-    if state == "in_td":
+def _check_outcome(module: Module, lp: int, regs: Regs | None, expected: Outcome, before: Mapping[str, int]) -> None:
+    """Compares where the CPU is and what its registers hold. ``regs``: the host's, if it is there."""
+    if expected.state == "module_halted":
+        raise Different({"state": expected.state}, {"state": "the module goes on"})
+    if module.lps[lp].running:
+        _check_same_state(expected, {"state": "in_td"})
         _check_guest(module, lp, expected)
     else:
+        assert regs is not None
+        _check_same_state(expected, {"state": "host", "rax": show("rax", regs.rax)})
         compare({**before, **expected.gprs}, regs.values())
+
+
+def _check_same_state(expected: Outcome, actual: dict[str, str]) -> None:
+    if actual["state"] != expected.state:
+        rax = expected.gprs.get("rax", 0)
+        raise Different(
+            {"state": expected.state, **({"rax": show("rax", rax)} if expected.state == "host" else {})}, actual
+        )
 
 
 class Machine:
@@ -165,7 +172,6 @@ class Machine:
             check_halted(event.outcome, halt)
             return
         try:
-            check_not_halted(event.outcome)
             _check_outcome(module, event.lp, regs, event.outcome, event.gprs)
         except Different as different:
             if number not in HANDLERS and number in HostLeaf._value2member_map_:
@@ -178,7 +184,7 @@ class Machine:
         if not running:
             raise Different({"state": event.outcome.state}, {"state": f"no guest runs on LP {event.lp}"})
         vp = module.vp(running)
-        fields = {vmcs.ENTRY_INTERRUPTION: vp.vmcs[vmcs.ENTRY_INTERRUPTION] & ~vmcs.VALID, vmcs.IDT_VECTORING: 0}
+        fields: dict[int, int] = {}
         if event.long_mode:
             fields[vmcs.GUEST_EFER] = vp.vmcs[vmcs.GUEST_EFER] | LONG_MODE_EFER
             fields[vmcs.GUEST_CS_ACCESS_RIGHTS] = vp.vmcs[vmcs.GUEST_CS_ACCESS_RIGHTS] | LONG_MODE_CS
@@ -198,7 +204,6 @@ class Machine:
         except ModuleHalt as halt:
             check_halted(event.outcome, halt)
             return
-        check_not_halted(event.outcome)
         _check_outcome(module, event.lp, regs, event.outcome, {})
 
     def _set_up(self, event: Input) -> None:
@@ -258,9 +263,3 @@ def check_halted(expected: Outcome, halt: ModuleHalt) -> None:
     """:raises Different: unless the real module halted too."""
     if expected.state != "module_halted":
         raise Different({"state": expected.state}, {"state": f"module_halted: {halt}"})
-
-
-def check_not_halted(expected: Outcome) -> None:
-    """:raises Different: when the real module halted."""
-    if expected.state == "module_halted":
-        raise Different({"state": expected.state}, {"state": "the module goes on"})
