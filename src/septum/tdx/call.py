@@ -374,11 +374,12 @@ def check_tlb_tracked(call: HostCall, td: Td, entry: SeptEntry, bepoch: int, ope
 
 
 async def write_entry(call: Call, entry: SeptEntry, value: int) -> None:
-    """A 64-bit write of an entry; lets go of the entry's lock unless the value holds it, and loses its priority bit."""
+    """A 64-bit write of an entry. It lets go of the entry's lock, if that is held, unless the value holds it too."""
     await step("write", entry.lock)
     call.module.sept.store(entry.pa, value)
+    unlocks = entry.value & ~value & sept.TDEL
     entry.value = value
-    if not value & sept.TDEL:
+    if unlocks:
         call.locks.forget(entry.lock)
     if ctx.level:
         emit("write", f"={entry.lock}", value=value)
