@@ -160,12 +160,14 @@ def _while_equal(left: Iterable[str], right: Iterable[str]) -> Iterator[str]:
 
 
 def _try(machine: Machine, event: Event) -> Different | None:
-    """Plays an event; a defect of the model is a difference too."""
+    """Plays an event; a defect of the model is a difference too, and has no other effect."""
+    mark = machine.journal.mark()
     try:
         machine.play(event)
     except Different as different:
         return different
     except Exception as error:
+        machine.journal.undo(mark)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         return Different({}, {"model": f"failed at {where}: {type(error).__name__}: {error}"})
