@@ -15,6 +15,7 @@ from septum.arch.status import Status
 from septum.tdx.call import SHARED, HostCall, check_shared_hpa, lock_op_state, lock_tdr
 from septum.tdx.metadata import Scope, answer_read, answer_write, clear_outputs, dump_list, host_access
 from septum.tdx.outcome import check
+from septum.tdx.vcpu import associate, check_tdvps_pages, lock_owner, lock_tdvpr
 
 if TYPE_CHECKING:
     from septum.tdx.host import Handler
@@ -71,9 +72,36 @@ async def tdh_mng_wr(call: HostCall) -> int:
     return await answer_write(await _td_scope(call), regs, regs.rdx, value, regs.r9)
 
 
+async def _vp_scope(call: HostCall, *, allow_disabled: bool) -> Scope:
+    """The VCPU whose TDVPR is in RCX, with shared locks on TDVPR, TDR and OP_STATE, associated with the LP."""
+    page, vp = await lock_tdvpr(call, call.regs.rcx, Operand.RCX, SHARED)
+    td = await lock_owner(call, page)
+    await lock_op_state(call, td)
+    check_tdvps_pages(td, vp)
+    await associate(call, td, vp, allow_disabled=allow_disabled)
+    return Scope(call.module, call.lp, Context.VP, host_access(td), td, vp)
+
+
+async def tdh_vp_rd(call: HostCall) -> int:
+    """TDH.VP.RD: reads a field of a VCPU. RCX: TDVPR; RDX: field id. Out R8: value; version 1, RDX: next field id."""
+    field_id, iterate = call.regs.rdx, call.version > 0
+    clear_outputs(call.regs, iterate=iterate)
+    check(call.version <= LAST_VERSION, Status.TDX_OPERAND_INVALID, Operand.RAX)
+    return answer_read(await _vp_scope(call, allow_disabled=True), call.regs, field_id, iterate=iterate)
+
+
+async def tdh_vp_wr(call: HostCall) -> int:
+    """TDH.VP.WR: writes a field of a VCPU. RCX: TDVPR; RDX: field id; R8: value; R9: write mask. Out R8: old value."""
+    regs, value = call.regs, call.regs.r8
+    clear_outputs(regs, iterate=False)
+    return await answer_write(await _vp_scope(call, allow_disabled=False), regs, regs.rdx, value, regs.r9)
+
+
 LEAVES: dict[int, Handler] = {
     HostLeaf.TDH_SYS_RD: tdh_sys_rd,
     HostLeaf.TDH_SYS_RDALL: tdh_sys_rdall,
     HostLeaf.TDH_MNG_RD: tdh_mng_rd,
     HostLeaf.TDH_MNG_WR: tdh_mng_wr,
+    HostLeaf.TDH_VP_RD: tdh_vp_rd,
+    HostLeaf.TDH_VP_WR: tdh_vp_wr,
 }
