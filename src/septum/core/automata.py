@@ -13,7 +13,7 @@ from typing import Any
 from septum.core.cells import World, poke
 from septum.core.locality import freeze, local_state
 from septum.core.run import deadlock_message
-from septum.core.steps import Program, Step, Violation, ctx, require
+from septum.core.steps import SOLO, Program, Step, Violation, ctx, require
 
 #: A property of all states: reads shared cells and raises :class:`Violation` where it does not hold.
 Invariant = Callable[[], None]
@@ -109,12 +109,9 @@ class Automata:
     first one. ``trees`` has the decision tree of each local state: a list ``[place, {value: subtree}]``, or a leaf.
     """
 
-    def __init__(
-        self, world: World, programs: Sequence[Program], invariants: Sequence[Invariant], *, check_merges: bool
-    ) -> None:
+    def __init__(self, world: World, programs: Sequence[Program], *, check_merges: bool) -> None:
         self.world = world
         self.programs = list(programs)
-        self.invariants = list(invariants)
         self.check_merges = check_merges
         self.runs = 0
         self.initial: list[Any] = []
@@ -125,8 +122,14 @@ class Automata:
         self._zobrist: list[dict[Any, int]] = []  # value -> random number, per place
         self._by_key: dict[Any, _Local] = {}
         self._others: dict[int, list[tuple[_Local, tuple[Any, ...]]]] = {}
-        self._invariant_tree: Any = None
+        self._functions: list[StateFunction] = []
         self._prelude: list[_Recording] = []
+
+    def function(self, body: Callable[[], Any]) -> StateFunction:
+        """A function of the shared cells that is learnt as steps are."""
+        function = StateFunction(self, body)
+        self._functions.append(function)
+        return function
 
     def start(self, task: int) -> None:
         """Runs a task to its first step, as every scheduler does before anyone may act."""
@@ -179,32 +182,17 @@ class Automata:
             vector += self.initial[len(vector) :]
         return leaf
 
-    def check_state(self, vector: list[Any]) -> None:
-        """Runs the invariants in a state; their outcome is filed by the cells that they read."""
-        if not self.invariants:
-            return
-        node = self._invariant_tree
-        while node.__class__ is list:
-            node = node[1].get(vector[node[0]] if node[0] < len(vector) else self.initial[node[0]])
-        if node is None:
-            recording = _Recording()
-            self.load(vector)
-            self.world.track(recording)
-            node = "holds"
-            try:
-                for invariant in self.invariants:
-                    invariant()
-            except Violation as violation:
-                node = violation
-            self._invariant_tree = self._file(self._invariant_tree, recording.first, node)
-        if isinstance(node, Violation):
-            raise node
-
     def observe(self, vector: list[Any], observer: Observer) -> Any:
-        """What an observer says of an end."""
+        """What an observer says of an end. It may run model code to find out: the state stays as it is."""
+        recording = _Recording()
         self.load(vector)
-        self.world.track(_Recording())
-        return observer([self.locals[vector[task]].result for task in range(len(self.programs))])
+        self.world.track(recording)
+        level, ctx.level = ctx.level, SOLO
+        try:
+            return observer([self.locals[vector[task]].result for task in range(len(self.programs))])
+        finally:
+            ctx.level = level
+            recording.undo()
 
     def deadlock(self, vector: list[Any]) -> Violation | None:
         """In a state where nobody can go on: the deadlock, unless all who must finish have finished."""
@@ -229,7 +217,7 @@ class Automata:
         self.runs += 1
         if local.pending is not None and local.pending.guard is not None and not local.pending.guard():
             local.spare = body
-            local.tree = self.trees[local.number] = self._file(local.tree, recording.first, BLOCKED)
+            local.tree = self.trees[local.number] = self.file(local.tree, recording.first, BLOCKED)
             return BLOCKED
         recording.log.clear()  # the log is what the step itself reads; nobody asks the guard in a replay
         try:
@@ -262,7 +250,7 @@ class Automata:
         leaf = Effect(change, tuple(writes), violation)
         # A cell that the step wrote without reading still matters: the change of the hash depends on its old value.
         reads = recording.first | {cell: recording.before[cell] for cell in places if cell not in recording.first}
-        local.tree = self.trees[local.number] = self._file(local.tree, reads, leaf)
+        local.tree = self.trees[local.number] = self.file(local.tree, reads, leaf)
         return leaf
 
     def _following(
@@ -344,7 +332,8 @@ class Automata:
             place = self._cells[cell] = len(self.initial)
             self.initial.append(initial)
             self._zobrist.append({initial: 0})
-            self._invariant_tree = None
+            for function in self._functions:
+                function.tree = None
             for number, local in enumerate(self.locals):
                 if self.trees[number] is not ENDED:
                     local.tree = self.trees[number] = None
@@ -357,7 +346,7 @@ class Automata:
             number = numbers[value] = self._keys.getrandbits(64)
         return number
 
-    def _file(self, tree: Any, reads: dict[tuple[Any, Any], Any], leaf: Any) -> Any:
+    def file(self, tree: Any, reads: dict[tuple[Any, Any], Any], leaf: Any) -> Any:
         """Adds a leaf under the values read. Cells that nobody writes are constants and make no node."""
         path = [(self._cells[cell], value) for cell, value in reads.items() if cell in self._cells]
         if not path:
@@ -371,3 +360,41 @@ class Automata:
             else:
                 node = node[1].setdefault(value, [following[0], {}])
         return root
+
+
+class StateFunction:
+    """A function that only reads shared cells: run once for each combination of values that it reads."""
+
+    __slots__ = ("_automata", "_body", "tree")
+
+    def __init__(self, automata: Automata, body: Callable[[], Any]) -> None:
+        self._automata = automata
+        self._body = body
+        self.tree: Any = None
+
+    def __call__(self, vector: list[Any]) -> Any:
+        """Its value in a state."""
+        node, initial = self.tree, self._automata.initial
+        while node.__class__ is list:
+            node = node[1].get(vector[node[0]] if node[0] < len(vector) else initial[node[0]])
+        if node is None:
+            recording = _Recording()
+            self._automata.load(vector)
+            self._automata.world.track(recording)
+            node = (self._body(),)
+            self.tree = self._automata.file(self.tree, recording.first, node)
+        return node[0]
+
+
+def first_violation(invariants: Sequence[Invariant]) -> Callable[[], Violation | None]:
+    """A function that runs invariants and returns the violation of the first that does not hold."""
+
+    def check() -> Violation | None:
+        try:
+            for invariant in invariants:
+                invariant()
+        except Violation as violation:
+            return violation
+        return None
+
+    return check

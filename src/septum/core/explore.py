@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from septum.core.automata import BLOCKED, ENDED, Automata, Effect, Invariant, Observer
+from septum.core.automata import BLOCKED, ENDED, Automata, Effect, Invariant, Observer, first_violation
 from septum.core.cells import World
 from septum.core.steps import CALLS, Program, Violation, ctx
 
@@ -85,6 +85,7 @@ class Explorer:
 
     :param invariants: checked in every state.
     :param observer: called at every end (nobody can go on, and all who must have finished) for ``Verdict.outcomes``.
+    :param stop: a state where it holds is an end, though tasks could go on: the module has halted, say.
     :param exact: identify states by their whole vector instead of its hash.
     :param check_merges: run each step from every history that led to a local state and compare (slow; for tests).
     """
@@ -96,17 +97,19 @@ class Explorer:
         *,
         invariants: Sequence[Invariant] = (),
         observer: Observer | None = None,
+        stop: Callable[[], bool] | None = None,
         level: int = CALLS,
         exact: bool = False,
         check_merges: bool = False,
     ) -> None:
         self.world = world
         self.programs = list(programs)
-        self.invariants = list(invariants)
         self.observer = observer
         self.level = level
         self.exact = exact
-        self._automata = Automata(world, programs, invariants, check_merges=check_merges)
+        self._automata = Automata(world, programs, check_merges=check_merges)
+        self._check = self._automata.function(first_violation(invariants)) if invariants else None
+        self._stop = self._automata.function(stop) if stop else None
 
     def explore(
         self, bounds: Bounds | None = None, progress: Callable[[int, int, int, int], None] | None = None
@@ -150,9 +153,7 @@ class Explorer:
         root: Any = tuple(self._automata.initial) if self.exact else 0
         found = _Found({root: None})
         level = [(root, self._automata.initial[:])]
-        try:
-            self._automata.check_state(self._automata.initial[:])
-        except Violation as violation:
+        if self._check and (violation := self._check(self._automata.initial)):
             self._violated(verdict, violation, found, root, None)
         try:
             while level and verdict.verdict == "proved":
@@ -190,7 +191,7 @@ class Explorer:
     def _expand(self, states: list[_State], following: list[_State], verdict: Verdict, found: _Found) -> None:
         """Adds the new successors of ``states`` to ``following``. The inner loop of everything."""
         trees, initial, exact, parents = self._automata.trees, self._automata.initial, self.exact, found.parents
-        tasks = range(len(self.programs))
+        tasks, check, stop = range(len(self.programs)), self._check, self._stop
         transitions = 0
         for name, vector in states:
             if len(vector) < len(initial):
@@ -230,13 +231,13 @@ class Explorer:
                     after = vector[:]
                     for place, value in node.writes:
                         after[place] = value
-                if self.invariants:
-                    try:
-                        self._automata.check_state(after)
-                    except Violation as violation:
-                        found.transitions += transitions
-                        self._violated(verdict, violation, found, successor, None)
-                        return
+                if check and (violation := check(after)):
+                    found.transitions += transitions
+                    self._violated(verdict, violation, found, successor, None)
+                    return
+                if stop and stop(after):
+                    self._end(successor, after, False, verdict, found)
+                    continue
                 following.append((successor, after))
             if not moves:
                 self._end(name, vector, blocked > 0, verdict, found)
