@@ -1,6 +1,6 @@
 """VM exits other than TDCALL: what the module emulates, turns into an exception for the guest, or hands to the host.
 
-Source: TDX Module 1.5.01, ``tdx_td_dispatcher.c``, ``td_other_exits.c``, ``td_ept_violation.c`` in ``src/td_dispatcher``.
+Source: TDX Module 1.5.01, ``tdx_td_dispatcher.c``, ``td_other_exits.c``, ``td_ept_violation.c``.
 """
 
 from __future__ import annotations

@@ -27,6 +27,14 @@ class PconfigStatus(IntEnum):
     DEVICE_BUSY = 5
 
 
+class VerifyReport(IntEnum):
+    """What SEAMVERIFYREPORT answers about a report."""
+
+    SUCCESS = 0
+    INVALID_CPUSVN = 1
+    INVALID_REPORTMACSTRUCT = 2
+
+
 class HardwareInputs(Shared):
     """Platform-wide inputs."""
 
@@ -40,6 +48,8 @@ class HardwareInputs(Shared):
     """RDSEED and RDRAND have nothing to give."""
     pconfig_error: int = PconfigStatus.SUCCESS
     """What PCONFIG answers: a :class:`PconfigStatus`."""
+    verify_report: int = VerifyReport.SUCCESS
+    """What SEAMVERIFYREPORT answers: a :class:`VerifyReport`."""
 
 
 class Hardware(Fixed):

@@ -94,7 +94,7 @@ class Tdcs(Shared):
     mrconfigid: bytes = bytes(48)
     mrowner: bytes = bytes(48)
     mrownerconfig: bytes = bytes(48)
-    rtmr: tuple[bytes, bytes, bytes, bytes] = (bytes(48),) * 4
+    rtmr: tuple[bytes, ...] = (bytes(48),) * 4
     last_teeinfo_hash: bytes = bytes(48)
     last_teeinfo_hash_valid: bool = False
     servtd_hash: bytes = bytes(48)
