@@ -16,6 +16,7 @@ from septum.arch.status import Status, with_details
 from septum.core.steps import step
 from septum.tdx.call import root_level
 from septum.tdx.outcome import Fail, sanity
+from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
 
 if TYPE_CHECKING:
     from septum.tdx.call import Call, HostCall, SeptEntry
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 MAX_VMS: Final = 4
 """VM 0 is the TD itself, 1 to 3 are L2 VMs."""
-_FIRST_L2_ROOT: Final = 6
-"""Which TDCX page is the Secure EPT root of L2 VM 1."""
 
 
 class L2Entry:
@@ -40,9 +39,9 @@ class L2Entry:
         self.value = value
 
 
-def root(td: Td, vm: int) -> int:
+def root(module: Module, td: Td, vm: int) -> int:
     """Physical address of the root of an L2 VM's Secure EPT."""
-    return td.tdr.tdcx_pa[_FIRST_L2_ROOT + vm - 1] & PAGE_MASK
+    return module.pa_format.address(td.tdr.tdcx_pa[FIRST_L2_SEPT_ROOT_PAGE + vm - 1])
 
 
 def walk(module: Module, td: Td, vm: int, gpa: int, level: int, *, guest: bool = False) -> L2Entry:
@@ -50,7 +49,7 @@ def walk(module: Module, td: Td, vm: int, gpa: int, level: int, *, guest: bool =
 
     On the guest's side (``l2_sept_walk_guest_side``) the walk also goes on through blocked entries.
     """
-    table, at = root(td, vm), root_level(td)
+    table, at = root(module, td, vm), root_level(td)
     while True:
         pa = table + 8 * level_index(gpa, at)
         value = module.sept_l2[pa]

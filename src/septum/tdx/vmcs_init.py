@@ -170,6 +170,7 @@ def init_management(module: Module, td: Td, vp: Vp) -> None:
     cpu, native, fields = module.hardware.cpu, module.native_cpu, vp.fields
     waitpkg = bool(cpu.cpuid(7).ecx & _CPUID_7_WAITPKG)
     controls = l2_controls(native, 0, CpuidFlags(waitpkg=waitpkg))
+    fields.store(("LAST_SEAMDB_INDEX", 0), td.tdr.seamdb_index)
     fields["SHADOW_PID_HPA", 0] = NULL_PA
     fields["SHADOW_PINBASED_EXEC_CTLS", 0] = controls[PINBASED]
     fields["SHADOW_POSTED_INT_NOTIFICATION_VECTOR", 0] = 0xFFFF

@@ -16,13 +16,11 @@ from septum.arch.metadata import Element, Structure
 from septum.core.cells import cells_of
 from septum.tdx.metadata.scope import Scope
 from septum.tdx.registers import GPR_NAMES
-from septum.tdx.state.td import SEPT_ROOT_PAGE, Tdcs, Tdr
+from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE, SEPT_ROOT_PAGE, Tdcs, Tdr
 from septum.tdx.state.vp import L2_VM_SHIFT, Tdvps, VeInfo
 
 QWORD = 8
 ALL_ONES = (1 << 64) - 1
-FIRST_L2_SEPT_ROOT_PAGE = 6
-"""Index of the TDCX page that is the root of the Secure EPT of the first L2 VM; those of the others follow."""
 
 
 class Store(NamedTuple):
