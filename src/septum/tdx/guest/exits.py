@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from septum.arch import sept, vmcs
 from septum.arch.exits import VM_ENTRY_FAILED, ExitReason
-from septum.arch.pages import PAGE_4K, Level, gpa_width, is_shared_gpa
+from septum.arch.pages import PA_MASK, PAGE_4K, Level, gpa_width, is_shared_gpa
 from septum.arch.status import Status
 from septum.arch.structures import TdAttributes
 from septum.tdx.call import walk_sept
@@ -40,7 +40,6 @@ _MACHINE_CHECK_SMI: Final = 1
 """Exit qualification of an SMI."""
 _CONTEXT_INVALID: Final = 1
 """Exit qualification of a notification."""
-_MAX_PA: Final = 52
 
 
 class Exit(NamedTuple):
@@ -173,7 +172,7 @@ def _ept_violation(e: Exit) -> None:
     """A reserved-bit #PF for an address above SHARED, a #VE for a pending page, a TD exit for all else."""
     qualification, gpa, tdcs = e.exit_.qualification, e.exit_.gpa, e.td.tdcs
     _block_nmi_again(e)
-    if gpa & (1 << _MAX_PA) - 1 >> gpa_width(tdcs.gpaw) and qualification & _GLA_VALID:
+    if gpa & PA_MASK >= 1 << gpa_width(tdcs.gpaw) and qualification & _GLA_VALID:
         inject_pf(e.vp, e.exit_.gla, _page_fault_code(e))
         return
     extended = ExtendedExit.NONE
