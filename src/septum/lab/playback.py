@@ -19,7 +19,7 @@ from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import GPR_NAMES, Regs
 from septum.tdx.vm_exit import VmExit
 
-LONG_MODE_EFER: Final = 0x500
+LONG_MODE_EFER: Final = 0xD01
 LONG_MODE_CS: Final = 1 << 13
 DEFAULT_SIZE_CS: Final = 1 << 14
 NMI_WINDOW_EXITING: Final = 1 << 22
@@ -187,7 +187,7 @@ class Machine:
         vp = module.vp(running)
         fields: dict[int, int] = {}
         if event.long_mode:
-            fields[vmcs.GUEST_EFER] = vp.vmcs[vmcs.GUEST_EFER] | LONG_MODE_EFER
+            fields[vmcs.GUEST_EFER] = LONG_MODE_EFER
             fields[vmcs.GUEST_CS_ACCESS_RIGHTS] = vp.vmcs[vmcs.GUEST_CS_ACCESS_RIGHTS] & ~DEFAULT_SIZE_CS | LONG_MODE_CS
         gprs = {**dict(zip(GPR_NAMES, vp.tdvps.gprs, strict=True)), **event.gprs}
         exit_ = VmExit(
