@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from septum.arch import platform_msrs as msrs
 from septum.arch.cpuid import CpuModel
 from septum.arch.platform import Platform
 from septum.core.cells import Fixed, Shared, SharedMap
@@ -55,10 +56,11 @@ class HardwareInputs(Shared):
 class Hardware(Fixed):
     """The inputs, the CPU model, and MSRs that were changed after power-on, by LP and address."""
 
-    __slots__ = ("cpu", "inputs", "msrs")
+    __slots__ = ("_at_power_on", "cpu", "inputs", "msrs")
 
     def __init__(self, platform: Platform, cpu: CpuModel) -> None:
         self.cpu = cpu
+        self._at_power_on = {**cpu.msrs, **_msrs_of_platform(platform, cpu)}
         self.inputs = HardwareInputs("HARDWARE", tsc=platform.tsc_start, tsc_step=platform.tsc_step)
         self.msrs: SharedMap[tuple[int, int], int | None] = SharedMap("MSRS")
 
@@ -88,8 +90,22 @@ class Hardware(Fixed):
     def rdmsr(self, lp: int, address: int) -> int:
         """RDMSR on a logical processor."""
         changed = self.msrs[lp, address]
-        return self.cpu.msr(address) if changed is None else changed
+        return self._at_power_on.get(address, 0) if changed is None else changed
 
     def interrupt_pending(self, lp: int) -> bool:
         """Whether an interrupt for the host is pending on a logical processor."""
         return self.rdmsr(lp, IA32_INTR_PENDING) != 0
+
+
+def _msrs_of_platform(platform: Platform, cpu: CpuModel) -> dict[int, int]:
+    """The MSRs in which firmware has written down where memory and KeyIDs are."""
+    tme_activate = cpu.msr(msrs.IA32_TME_ACTIVATE) & ~msrs.TME_KEYID_BITS_MASK
+    private_bits = (platform.num_tdx_keyids - 1).bit_length()
+    return {
+        msrs.SMRR_BASE: platform.smrr.base | msrs.SMRR_WRITE_BACK,
+        msrs.SMRR_MASK: -platform.smrr.size & msrs.SMRR_ADDRESS | msrs.SMRR_LOCK | msrs.SMRR_VALID,
+        msrs.IA32_MKTME_KEYID_PARTITIONING: platform.num_tdx_keyids << 32 | platform.num_mktme_keyids,
+        msrs.IA32_TME_ACTIVATE: tme_activate | (private_bits << 4 | platform.keyid_bits) << msrs.TME_KEYID_BITS_SHIFT,
+        msrs.IA32_WBINVDP: platform.wbinvd_blocks,
+        msrs.IA32_WBNOINVDP: platform.wbinvd_blocks,
+    }
