@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,6 +116,14 @@ class Runner:
                 report.differences.append(Difference(*place, inputs_of(event), difference.expected, difference.actual))
         machine.journal.undo(mark)
 
+    def machine_at(self, state: str) -> Machine:
+        """The machine in a named start state.
+
+        :raises UsageError: when no sequence in the folder's start files has this name.
+        """
+        file, sequence = self._start(state)
+        return self._enter(file, Sequence(state, state, sequence.line))
+
     def _enter(self, file: VectorFile, sequence: Sequence) -> Machine:
         """The machine in the state from which a sequence starts."""
         if self._machine is None:
@@ -128,7 +138,7 @@ class Runner:
             reached.append((name, machine.journal.mark()))
             failed = sum(_try(machine, event) is not None for event in self._start(name)[1].events)
             if failed:
-                self.notes.append(f"start state {name} of {self.folder}: {failed} events differ on the way to it")
+                self.notes.append(f"start state {name} of {self.folder}: events that differ on the way to it: {failed}")
         return machine
 
     def _way(self, file: VectorFile, sequence: Sequence) -> list[str]:
@@ -147,8 +157,12 @@ class Runner:
             self._starts = {s.name: (f, s) for f in map(VectorFile, files) for s in f.sequences()}
         if name not in self._starts:
             names = " and ".join(f"{kind}*.jsonl*" for kind in START_FILES)
-            assert asked is not None
-            raise asked[0].wrong(asked[1], f"no sequence in {names} beside the file is the start state {name!r}")
+            missing = f"no sequence in {names} is the start state {name!r}"
+            raise (
+                asked[0].wrong(asked[1], f"{missing} beside the file")
+                if asked
+                else UsageError(f"{self.folder}: {missing}; give the folder of vectors that belongs to the file")
+            )
         return self._starts[name]
 
 
@@ -218,14 +232,10 @@ def conform(
     file = VectorFile(path)
     runner = Runner(path.parent)
     report = Report()
-    done = 0
-    for item in file.sequences():
-        if sequence is not None and sequence not in item.name:
-            continue
-        if done == limit:
-            break
-        runner.run(file, item, report, keep, leaf)
-        done += 1
+    with closing(file.sequences()) as items:
+        chosen = (item for item in items if sequence is None or sequence in item.name)
+        for item in islice(chosen, limit):
+            runner.run(file, item, report, keep, leaf)
     report.notes += runner.notes
     return report
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -17,6 +19,9 @@ from typing import IO, Any, Final
 from septum.arch.errors import UsageError
 from septum.arch.exits import ExitReason, exit_reason_name
 from septum.tdx.registers import GPR_NAMES
+
+MAX_SIZE: Final = 1 << 26
+"""Bytes that one event may concern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,46 +122,51 @@ class VectorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines = enumerate(self._read(), 1)
-        self.header = self._parse(*next(self._lines, (1, "")))
+        with closing(self._read()) as lines:
+            self.header = self._parse(1, next(lines, ""))
         if self.header.get("op") != "header":
             raise self.wrong(1, "a file of recorded vectors begins with a header line")
+        self._lps = range(len(self.header.get("lp_package", ())))
 
     def wrong(self, line: int, what: str) -> UsageError:
         """The error that names this file and a line of it."""
         return UsageError(f"{self.path}: line {line}: {what}")
 
-    def sequences(self) -> Iterator[Sequence]:
+    def sequences(self) -> Generator[Sequence, None, None]:
         """All sequences, in the order of the file."""
         current: Sequence | None = None
         line = 1
-        for line, text in self._lines:
-            raw = self._parse(line, text)
-            op = raw.get("op")
-            if op == "seq_begin" and current is None:
-                current = Sequence(str(raw.get("id")), str(raw.get("from")), line)
-            elif op == "seq_end" and current is not None:
-                if raw.get("events") != len(current.events):
-                    raise self.wrong(line, f"the sequence has {len(current.events)} events, not {raw.get('events')}")
-                yield current
-                current = None
-            elif current is None or op == "seq_begin":
-                raise self.wrong(line, f"{op!r} stands outside a sequence, or the one before has no seq_end")
-            else:
-                current.events.append(self._event(line, raw))
+        with closing(self._read()) as lines:
+            next(lines)
+            for line, text in enumerate(lines, 2):
+                raw = self._parse(line, text)
+                op = raw.get("op")
+                if op == "seq_begin" and current is None:
+                    current = Sequence(str(raw.get("id")), str(raw.get("from")), line)
+                elif op == "seq_end" and current is not None:
+                    if raw.get("events") != len(current.events):
+                        raise self.wrong(
+                            line, f"the sequence has {len(current.events)} events, not {raw.get('events')}"
+                        )
+                    yield current
+                    current = None
+                elif current is None or op == "seq_begin":
+                    raise self.wrong(line, f"{op!r} stands outside a sequence, or the one before has no seq_end")
+                else:
+                    current.events.append(self._event(line, raw))
         if current is not None:
             raise self.wrong(line, f"the file ends within sequence {current.name}: it has been cut off")
 
-    def _read(self) -> Iterator[str]:
+    def _read(self) -> Generator[str, None, None]:
         line = 0
         try:
-            with _open(self.path) as file:
+            with open_text(self.path) as file:
                 for text in file:
                     line += 1
                     yield text
         except FileNotFoundError:
             raise UsageError(f"{self.path}: there is no such file") from None
-        except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError, zlib.error) as error:
             raise self.wrong(line + 1, f"cannot be read, the file may have been cut off or damaged ({error})") from None
 
     def _parse(self, line: int, text: str) -> dict[str, Any]:
@@ -173,12 +183,18 @@ class VectorFile:
         if convert is None:
             raise self.wrong(line, f"there is no event {raw.get('op')!r}")
         try:
+            if "lp" in raw and raw["lp"] not in self._lps and (raw["op"], raw["lp"]) != ("set_msr", -1):
+                raise self.wrong(line, f"the machine in the header has no LP {raw['lp']!r}")
             return convert(line, raw)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self.wrong(line, f"this {raw['op']} event lacks something or has a bad value ({error!r})") from None
 
 
-def _open(path: Path) -> IO[str]:
+def open_text(path: Path) -> IO[str]:
+    """A text file, decompressed by its suffix.
+
+    :raises UsageError: for a compression that Septum does not read.
+    """
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".xz":
@@ -200,6 +216,13 @@ _GPRS = frozenset(GPR_NAMES)
 
 def _number(raw: str | int) -> int:
     return int(raw, 16) if isinstance(raw, str) else raw
+
+
+def _size(raw: str | int) -> int:
+    size = _number(raw)
+    if not 0 <= size <= MAX_SIZE:
+        raise ValueError(f"{size} bytes")
+    return size
 
 
 def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +272,7 @@ def _exit(line: int, raw: Mapping[str, Any]) -> Event:
 
 def _memory_check(line: int, raw: Mapping[str, Any]) -> Event:
     content = bytes.fromhex(raw.get("hex", raw.get("value", "")))
-    return MemoryCheck(line, raw["op"], int(raw["pa"], 16), int(raw["len"]), content, str(raw.get("sha256", "")))
+    return MemoryCheck(line, raw["op"], int(raw["pa"], 16), _size(raw["len"]), content, str(raw.get("sha256", "")))
 
 
 def _oracle(line: int, raw: Mapping[str, Any]) -> Event:
@@ -272,7 +295,7 @@ def _write(line: int, raw: Mapping[str, Any]) -> Event:
 
 
 def _fill(line: int, raw: Mapping[str, Any]) -> Event:
-    size, byte = _number(raw["len"]), _number(raw["byte"])
+    size, byte = _size(raw["len"]), _number(raw["byte"])
     return Input(line, raw["op"], {"pa": int(raw["pa"], 16), "data": bytes([byte]) * size})
 
 
