@@ -22,7 +22,7 @@ from septum.tdx.guest import HANDLERS
 from septum.tdx.guest.call import GuestCall
 from septum.tdx.guest.exits import handle_exit
 from septum.tdx.held import HeldLocks
-from septum.tdx.outcome import Fail, ModuleHalt, check, sanity
+from septum.tdx.outcome import Fail, check, sanity
 from septum.tdx.registers import Regs
 from septum.tdx.stepping import resumes_guest
 from septum.tdx.vcpu import count_inside
@@ -184,15 +184,11 @@ async def tdcall(module: Module, lp: Lp, td: Td, vp: Vp) -> None:
         status = await _dispatch(call)
     except Fail as fail:
         status = fail.status
-    except ModuleHalt:
-        raise
-    except Interrupted:
-        tdvps.hp_lock_busy = False
-        await call.locks.drop()
-        raise
-    except (TdExit, TdVmcall, ResumeGuest):
+    except (TdExit, TdVmcall, ResumeGuest) as end:
         await call.locks.drop()
         tdvps.gprs = regs.to_tuple()
+        if isinstance(end, Interrupted):
+            tdvps.hp_lock_busy = False
         raise
     await call.locks.drop()
     timed_out = False

@@ -76,4 +76,4 @@ class ResumeGuest(Exception):
 
 
 class Interrupted(ResumeGuest):
-    """A long TDCALL stopped to let an interrupt in; the guest's registers stay as they were and it calls again."""
+    """A long TDCALL stopped to let an interrupt in; RIP and RAX stay as they were, so that the guest calls again."""

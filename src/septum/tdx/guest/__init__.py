@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from septum.tdx.guest import mem, metadata, mr, servtd, vp
+from septum.tdx.guest import l2, mem, metadata, mr, servtd, vp
 
 if TYPE_CHECKING:
     from septum.tdx.guest.call import GuestCall
@@ -16,5 +16,5 @@ if TYPE_CHECKING:
 GuestHandler = Callable[["GuestCall"], Awaitable[int]]
 
 HANDLERS: dict[int, GuestHandler] = {}
-for family in (vp, mr, mem, metadata, servtd):
+for family in (vp, mr, mem, metadata, servtd, l2):
     HANDLERS |= family.LEAVES
