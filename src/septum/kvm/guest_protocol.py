@@ -64,6 +64,10 @@ class Guest(Protocol):
         TDH.VP.ENTER otherwise. An interrupt that is pending at a call becomes an exit before the guest is asked.
         """
 
+    def deliver(self, cpu: GuestCpu) -> None:
+        """Takes the exception that VM entry injects, if any, and nothing more. For exits before the guest is asked to
+        :meth:`run`, which does the same at its start."""
+
 
 def external_interrupt(vector: int = CALL_FUNCTION_VECTOR) -> VmExit:
     """The exit that an interrupt of the host causes."""

@@ -1,0 +1,225 @@
+"""What a script can do to the world: instructions, which the vCPU executes as the CPU would.
+
+A script only asks (``await Tdcall(...)``); it never touches a cell itself. So it is a function from the results it has
+got to the instruction that comes next, and can be brought to any place again by giving it the same results.
+
+Source of what the CPU does: Intel SDM, volume 3, "EPT violations" and "Virtualization exceptions".
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from septum.arch import sept, vmcs
+from septum.arch.exits import ExitReason
+from septum.arch.leaves import LEAF_MASK, leaf_name
+from septum.arch.pages import PAGE_4K, is_shared_gpa
+from septum.core.cells import Shared
+from septum.core.steps import ctx, emit, step, wait_until
+from septum.kvm.guest_protocol import GuestCpu, external_interrupt
+from septum.tdx.ept import Translation, Walk, translate_private, translate_shared
+from septum.tdx.registers import Regs
+from septum.tdx.state.vp import VE_INFO_VALID, VeInfo
+from septum.tdx.vm_exit import VmExit
+
+T = TypeVar("T")
+
+READ: Final = sept.R
+WRITE: Final = sept.W
+FETCH: Final = sept.X
+_ACCESS_NAMES: Final = {READ: "reads", WRITE: "writes", FETCH: "fetches from"}
+_GLA_VALID: Final = 1 << 7 | 1 << 8
+"""In the exit qualification: there is a linear address, and the access was to its translation."""
+_LONG_MODE_EFER: Final = 0xD01
+"""SCE, LME, LMA, NXE."""
+_CS_LONG: Final = 1 << 13
+_CS_DEFAULT_SIZE: Final = 1 << 14
+
+
+class Fault(NamedTuple):
+    """An exception that was delivered instead of completing the instruction."""
+
+    vector: int
+    error_code: int = 0
+
+
+class Progress(Shared):
+    """Where a scripted guest is.
+
+    ``place`` is a number that the guest alone can read, ``result`` what its script returned, once ``finished``.
+    """
+
+    place: int = 0
+    finished: bool = False
+    result: Any = None
+
+
+class Instruction(ABC, Generic[T]):
+    """One instruction. Awaiting it in a script gives its result, or the exception that came instead."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Instruction[Any], T | Fault, T | Fault]:
+        return (yield self)
+
+    @abstractmethod
+    async def execute(self, cpu: GuestCpu) -> T | Fault | VmExit:
+        """Its result, an exception, or the VM exit that it causes."""
+
+    def completed(self, cpu: GuestCpu) -> T:
+        """Its result, after it caused a VM exit and RIP moved on."""
+        raise RuntimeError(f"{self} cannot be completed by a VM exit")
+
+
+class Tdcall(Instruction[tuple[int, ...]]):
+    """TDCALL with these registers (in the order of ``GPR_NAMES``). The result is the registers after it."""
+
+    __slots__ = ("gprs",)
+
+    def __init__(self, gprs: tuple[int, ...]) -> None:
+        self.gprs = gprs
+
+    async def execute(self, cpu: GuestCpu) -> VmExit:
+        if ctx.trace is not None:
+            emit("tdcall", f"{leaf_name(self.gprs[0] & LEAF_MASK, guest=True)} RCX={self.gprs[1]:#x}")
+        return VmExit.tdcall(Regs.from_tuple(self.gprs))
+
+    def completed(self, cpu: GuestCpu) -> tuple[int, ...]:
+        return cpu.vp.tdvps.gprs
+
+
+class Access(Instruction[bytes]):
+    """A load or fetch of ``size`` bytes, or a store of ``data``, inside one page of 4 KiB.
+
+    The result of a load or fetch is what was there.
+    """
+
+    __slots__ = ("data", "gpa", "right", "size")
+
+    def __init__(self, right: int, gpa: int, size: int, data: bytes = b"") -> None:
+        if gpa % PAGE_4K + size > PAGE_4K:
+            raise ValueError(f"an access to {size} bytes at {gpa:#x} crosses a page")
+        self.right = right
+        self.gpa = gpa
+        self.size = size
+        self.data = data
+
+    async def execute(self, cpu: GuestCpu) -> bytes | Fault | VmExit:
+        await step("access", self)
+        found = translate(cpu, self.gpa, self.right)
+        if found.walk is not Walk.SUCCESS:
+            return violation(cpu, self.gpa, self.right, found)
+        if ctx.trace is not None:
+            emit("access", str(self))
+        if self.right != WRITE:
+            return cpu.module.memory.read(found.pa, self.size)
+        if self.data:
+            cpu.module.memory.write(found.pa, self.data)
+        return b""
+
+    def __repr__(self) -> str:
+        return f"{_ACCESS_NAMES[self.right]} {self.gpa:#x}"
+
+
+class WaitFor(Instruction[None]):
+    """Reads memory again and again (with PAUSE) until ``content`` is there."""
+
+    __slots__ = ("content", "gpa")
+
+    def __init__(self, gpa: int, content: bytes) -> None:
+        self.gpa = gpa
+        self.content = content
+
+    async def execute(self, cpu: GuestCpu) -> Fault | VmExit | None:
+        await wait_until(lambda: cpu.interrupted() or self._look(cpu) is not None, "see", self)
+        found = self._look(cpu)
+        if found is None:
+            return external_interrupt()
+        return None if found.walk is Walk.SUCCESS else violation(cpu, self.gpa, READ, found)
+
+    def _look(self, cpu: GuestCpu) -> Translation | None:
+        """How the address translates, if that or what is there ends the waiting."""
+        found = translate(cpu, self.gpa, READ)
+        waits = found.walk is Walk.SUCCESS and cpu.module.memory.read(found.pa, len(self.content)) != self.content
+        return None if waits else found
+
+    def __repr__(self) -> str:
+        return f"{self.content.hex()} at {self.gpa:#x}"
+
+
+class Begin(Instruction[tuple[int, ...]]):
+    """What comes before the script: the VCPU goes to 64-bit mode. The result is the registers that it began with."""
+
+    __slots__ = ()
+
+    async def execute(self, cpu: GuestCpu) -> tuple[int, ...]:
+        fields = cpu.vp.vmcs
+        fields[vmcs.GUEST_EFER] = _LONG_MODE_EFER
+        fields[vmcs.GUEST_CS_ACCESS_RIGHTS] = fields[vmcs.GUEST_CS_ACCESS_RIGHTS] & ~_CS_DEFAULT_SIZE | _CS_LONG
+        return cpu.vp.tdvps.gprs
+
+
+class TakeInterrupts(Instruction[tuple[int, ...]]):
+    """The vectors of the interrupts that were posted to the VCPU since the last time, lowest first."""
+
+    __slots__ = ()
+
+    async def execute(self, cpu: GuestCpu) -> tuple[int, ...]:
+        return cpu.posted()
+
+
+class Idle(Instruction[None]):
+    """Computes, without exits of its own, for ever."""
+
+    __slots__ = ()
+
+    async def execute(self, cpu: GuestCpu) -> VmExit:
+        return await cpu.idle()
+
+
+class TripleFault(Instruction[None]):
+    """An exception that nobody handles: the VCPU shuts down."""
+
+    __slots__ = ()
+
+    async def execute(self, cpu: GuestCpu) -> VmExit:
+        emit("guest", "triple fault")
+        return VmExit(ExitReason.TRIPLE_FAULT)
+
+
+class Return(Instruction[None]):
+    """The script has come to its end with ``result``."""
+
+    __slots__ = ("progress", "result")
+
+    def __init__(self, progress: Progress, result: Any) -> None:
+        self.progress = progress
+        self.result = result
+
+    async def execute(self, cpu: GuestCpu) -> None:
+        self.progress.result = self.result
+        self.progress.finished = True
+
+
+def translate(cpu: GuestCpu, gpa: int, right: int) -> Translation:
+    """The CPU's walk for an access of the guest."""
+    if is_shared_gpa(gpa, cpu.td.tdcs.gpaw):
+        return translate_shared(cpu.module, cpu.td, cpu.vp, gpa, right)
+    return translate_private(cpu.module, cpu.td, gpa, right)
+
+
+def violation(cpu: GuestCpu, gpa: int, right: int, found: Translation) -> Fault | VmExit:
+    """What the CPU does about a walk that failed: a VM exit, or at once a #VE, if the entry does not suppress it and
+    the guest has read the last one's information.
+    """
+    if found.walk is Walk.MISCONFIGURED:
+        return VmExit(ExitReason.EPT_MISCONFIGURATION, gpa=gpa)
+    qualification = right | found.rights << 3 | _GLA_VALID
+    tdvps = cpu.vp.tdvps
+    if found.walk is Walk.CONVERTIBLE and not tdvps.ve_info.valid:
+        index = cpu.vp.vmcs[vmcs.EPTP_INDEX]
+        tdvps.ve_info = VeInfo(ExitReason.EPT_VIOLATION, VE_INFO_VALID, qualification, gpa, gpa, index)
+        return Fault(vmcs.VECTOR_VE)
+    return VmExit(ExitReason.EPT_VIOLATION, qualification, gpa, gpa)
