@@ -13,6 +13,7 @@ from septum.arch.op_state import KotState, Lifecycle, OpState
 from septum.arch.operands import Operand
 from septum.arch.pages import PAGE_4K
 from septum.arch.pamt import PageType
+from septum.arch.platform_msrs import BOOT_NT4, IA32_MISC_ENABLE
 from septum.arch.status import Status
 from septum.arch.structures import TD_PARAMS_ALIGNMENT, TdParams
 from septum.tdx.call import (
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 SEAMDB_INDEX: Final = 1
 """Where SEAMDB has the entry of this instance of the module: the first one since power-on."""
-IA32_MISC_ENABLE: Final = 0x1A0
-BOOT_NT4: Final = 1 << 22
-"""IA32_MISC_ENABLE: CPUID reports no leaf above 3."""
 PAMT_LOCKS_OF_4K_PAGE: Final = 3
 
 

@@ -87,7 +87,6 @@ class Tdcs(Shared):
     config_flags: int = 0
     hp_lock_timeout: int = 0
     """In TSC ticks."""
-    vcpu_index: int = 0
     mrtd: bytes = bytes(48)
     mrtd_hash: Any = None
     """The running ``septum.tdx.measurement.Sha384`` that becomes MRTD."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from septum.arch.cpuid import cpuid_table
 from septum.arch.operands import Operand
 from septum.arch.pages import PAGE_MASK
+from septum.arch.platform_msrs import IA32_TSC_ADJUST
 from septum.arch.status import Status
 from septum.arch.structures import ConfigFlags, TdAttributes, TdParams
 from septum.tdx.call import MIN_TDCS_PAGES
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from septum.tdx.call import HostCall
     from septum.tdx.state.td import Td
 
-IA32_TSC_ADJUST: Final = 0x3B
 IA32_ARCH_CAPABILITIES_CONFIGURED: Final = 1
 """TD_PARAMS.MSR_CONFIG_CTLS: the host configures IA32_ARCH_CAPABILITIES."""
 PENDING_VE_DISABLE: Final = 1

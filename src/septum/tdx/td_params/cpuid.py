@@ -10,13 +10,14 @@ from typing import Final
 
 from septum.arch.cpuid import NO_BITS, CpuidEntry, Registers, cpuid_table, xfam_bits
 from septum.arch.operands import Operand
+from septum.arch.platform_msrs import IA32_ARCH_CAPABILITIES
 from septum.arch.status import Status
 from septum.arch.structures import TdAttributes, TdParams
 from septum.tdx.outcome import Fail, check
 from septum.tdx.registers import Regs
 from septum.tdx.state.td import CpuidFlags
 from septum.tdx.td_params.checks import LBR, PT, TILECFG, TILEDATA, has
-from septum.tdx.td_params.native import IA32_ARCH_CAPABILITIES, NativeCpu
+from septum.tdx.td_params.native import NativeCpu
 
 TSX_CTRL: Final = 7
 """Bit of IA32_ARCH_CAPABILITIES."""

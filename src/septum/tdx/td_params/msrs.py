@@ -8,17 +8,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Final, NamedTuple
 
+from septum.arch import platform_msrs as msrs
 from septum.arch.msr import Bitmap, bitmap_bit, msr_table
 from septum.arch.structures import TdAttributes
 from septum.tdx.state.td import CpuidFlags
 from septum.tdx.td_params.checks import CET_S, CET_U, LBR, PK, PT, ULI, has
 from septum.tdx.td_params.cpuid import TSX_CTRL
-from septum.tdx.td_params.native import IA32_VMX_EPT_VPID_CAP, NativeCpu
+from septum.tdx.td_params.native import NativeCpu
 
 IA32_PERF_METRICS: Final = 0x329
-IA32_PERF_CAPABILITIES: Final = 0x345
-IA32_VMX_CR4_FIXED0: Final = 0x488
-IA32_VMX_CR4_FIXED1: Final = 0x489
 DDPD_U: Final = 1 << 8
 """Bit of IA32_SPEC_CTRL."""
 
@@ -62,7 +60,10 @@ def msr_bitmaps(cpu: NativeCpu, attributes: int, xfam: int, flags: CpuidFlags) -
         Bitmap.DYN_XFD: flags.xfd,
         Bitmap.DYN_TSX: flags.tsx,
     }
-    others = {IA32_PERF_CAPABILITIES: perfmon and has(xfam, PT), IA32_PERF_METRICS: perfmon and cpu.has_perf_metrics}
+    others = {
+        msrs.IA32_PERF_CAPABILITIES: perfmon and has(xfam, PT),
+        IA32_PERF_METRICS: perfmon and cpu.has_perf_metrics,
+    }
     return _bitmaps(
         frozenset(meaning for meaning, holds in cleared.items() if holds),
         frozenset(address for address, holds in others.items() if holds),
@@ -86,30 +87,27 @@ def _bitmaps(cleared: frozenset[Bitmap], others: frozenset[int]) -> bytes:
 
 
 class L2Control(NamedTuple):
-    """A VM-execution control field of L2 VMs.
+    """A VM-execution control field of L2 VMs: what the module needs of it, and the bits that the L1 VMM may write."""
 
-    Its initial value, the bits that the L1 VMM may write, and the MSR in which the CPU tells which bits must be 1.
-    """
-
-    initial: int
+    needs: msrs.ControlNeeds
     writable: int
-    msr: int
+
+    def initial(self, cpu: NativeCpu) -> int:
+        """The initial value for all TDs, with the bits that this CPU wants to be 1."""
+        must = cpu.cpu.msr(self.needs.msr) & 0xFFFF_FFFF if self.needs.msr != msrs.IA32_VMX_PROCBASED_CTLS3 else 0
+        return self.needs.l2_initial | must
 
 
-PINBASED: Final = L2Control(0x29, 0, 0x48D)
-PROCBASED: Final = L2Control(0x91220088, 0x48D99A04, 0x48E)
-PROCBASED2: Final = L2Control(0x1338B3FA, 0x0C513E0C, 0x48B)
-PROCBASED3: Final = L2Control(0x80, 0xE, 0x492)
-EXIT: Final = L2Control(0x1F3C8204, 0, 0x48F)
-ENTRY: Final = L2Control(0x003EC004, 0x200, 0x490)
+PINBASED, PROCBASED, PROCBASED2, PROCBASED3, EXIT, ENTRY = (
+    L2Control(needs, writable)
+    for needs, writable in zip(msrs.CONTROL_NEEDS, (0, 0x48D9_9A04, 0x0C51_3E0C, 0xE, 0, 0x200), strict=True)
+)
 
 MWAIT_EXITING, RDPMC_EXITING, MONITOR_EXITING = _mask(10), _mask(11), _mask(29)
-EN_GUEST_WAIT_PAUSE, EN_PCONFIG, EN_ENCLV_EXITING = _mask(26), _mask(27), _mask(28)
+CTLS2_PCONFIG = _mask(27)
 EXIT_PERF_GLOBAL_CTRL, ENTRY_PERF_GLOBAL_CTRL, ENTRY_PKRS = _mask(12, 30), _mask(13), _mask(22)
-_CPUID_7_ECX_WAITPKG: Final = 5
 
-_CR0_INIT, _CR0_WRITABLE = 0x21, 0x8005_001F
-_CR4_INIT, _CR4_WRITABLE = 0x2040, 0x03FF_1FBF
+_CR4_WRITABLE: Final = 0x03FF_1FBF
 _CR4_PKE, _CR4_CET, _CR4_PKS, _CR4_UINTR, _CR4_KEY_LOCKER = _mask(22), _mask(23), _mask(24), _mask(25), _mask(19)
 _VMX_BASIC: Final = _mask(54, 55, 56)
 """Exit information on INS and OUTS, TRUE_* MSRs, event injection without error code."""
@@ -128,28 +126,31 @@ def _put(value: int, bits: int, on: object) -> int:
 
 def l2_controls(cpu: NativeCpu, attributes: int, flags: CpuidFlags) -> dict[L2Control, int]:
     """Initial values of the control fields of L2 VMs, for a TD (``calc_l2_vmcs_*_init``)."""
-    must_be_1 = {control: cpu.cpu.msr(control.msr) & 0xFFFF_FFFF for control in (PINBASED, PROCBASED, PROCBASED2)}
-    must_be_1 |= {control: cpu.cpu.msr(control.msr) & 0xFFFF_FFFF for control in (EXIT, ENTRY)}
     perf = attributes & (TdAttributes.PERFMON | TdAttributes.DEBUG)
-    procbased = _put(PROCBASED.initial | must_be_1[PROCBASED], MWAIT_EXITING | MONITOR_EXITING, not flags.monitor_mwait)
-    procbased2 = PROCBASED2.initial
-    if not cpu.cpu.msr(PROCBASED2.msr) >> 32 & EN_ENCLV_EXITING:
-        procbased2 &= ~EN_ENCLV_EXITING
-    procbased2 = _put(procbased2 | must_be_1[PROCBASED2], EN_GUEST_WAIT_PAUSE, flags.waitpkg)
-    entry = _put(ENTRY.initial | must_be_1[ENTRY], ENTRY_PERF_GLOBAL_CTRL, perf)
+    procbased = _put(PROCBASED.initial(cpu), MWAIT_EXITING | MONITOR_EXITING, not flags.monitor_mwait)
+    procbased2 = PROCBASED2.initial(cpu)
+    if not cpu.cpu.msr(msrs.IA32_VMX_PROCBASED_CTLS2) >> 32 & msrs.CTLS2_ENCLV:
+        procbased2 &= ~msrs.CTLS2_ENCLV
+    procbased2 = _put(procbased2, msrs.CTLS2_WAIT_PAUSE, flags.waitpkg)
+    entry = _put(ENTRY.initial(cpu), ENTRY_PERF_GLOBAL_CTRL, perf)
     return {
-        PINBASED: PINBASED.initial | must_be_1[PINBASED],
+        PINBASED: PINBASED.initial(cpu),
         PROCBASED: _put(procbased, RDPMC_EXITING, not attributes & TdAttributes.PERFMON),
-        PROCBASED2: _put(procbased2, EN_PCONFIG, flags.mktme),
-        PROCBASED3: PROCBASED3.initial,
-        EXIT: _put(EXIT.initial | must_be_1[EXIT], EXIT_PERF_GLOBAL_CTRL, perf),
+        PROCBASED2: _put(procbased2, CTLS2_PCONFIG, flags.mktme),
+        PROCBASED3: PROCBASED3.initial(cpu),
+        EXIT: _put(EXIT.initial(cpu), EXIT_PERF_GLOBAL_CTRL, perf),
         ENTRY: _put(entry, ENTRY_PKRS, attributes & (TdAttributes.PKS | TdAttributes.DEBUG)),
     }
 
 
 def cr4_writable(cpu: NativeCpu, attributes: int, xfam: int) -> int:
     """CR4 bits that the L1 VMM may change in an L2 VM (``calc_base_l2_cr4_write_mask``)."""
-    mask = _CR4_WRITABLE & ~cpu.cpu.msr(IA32_VMX_CR4_FIXED0) & cpu.cpu.msr(IA32_VMX_CR4_FIXED1) & ~_CR4_KEY_LOCKER
+    mask = (
+        _CR4_WRITABLE
+        & ~cpu.cpu.msr(msrs.IA32_VMX_CR4_FIXED0)
+        & cpu.cpu.msr(msrs.IA32_VMX_CR4_FIXED1)
+        & ~_CR4_KEY_LOCKER
+    )
     present = (
         (_CR4_PKE, has(xfam, PK)),
         (_CR4_CET, has(xfam, CET_S) and has(xfam, CET_U)),
@@ -169,16 +170,16 @@ def vmx_msrs(cpu: NativeCpu, attributes: int, xfam: int, flags: CpuidFlags) -> d
     controls = l2_controls(cpu, attributes, flags)
     cr4 = cr4_writable(cpu, attributes, xfam)
     procbased = _put(PROCBASED.writable, RDPMC_EXITING, attributes & TdAttributes.PERFMON)
-    procbased2 = _put(PROCBASED2.writable, EN_GUEST_WAIT_PAUSE, flags.waitpkg)
-    cap = _EPT_VPID_CAP | cpu.cpu.msr(IA32_VMX_EPT_VPID_CAP) & _HLAT_PREFIX_SIZE
+    procbased2 = _put(PROCBASED2.writable, msrs.CTLS2_WAIT_PAUSE, flags.waitpkg)
+    cap = _EPT_VPID_CAP | cpu.cpu.msr(msrs.IA32_VMX_EPT_VPID_CAP) & _HLAT_PREFIX_SIZE
     return {
         "BASIC": _VMX_BASIC,
         "MISC": _VMX_MISC,
-        "CR0_FIXED0": _CR0_INIT & ~_CR0_WRITABLE,
-        "CR0_FIXED1": _CR0_INIT | _CR0_WRITABLE,
-        "CR4_FIXED0": _CR4_INIT & ~cr4,
-        "CR4_FIXED1": _CR4_INIT | cr4,
-        "PROCBASED_CTLS2": _allowed(controls[PROCBASED2], _put(procbased2, EN_PCONFIG, flags.mktme)),
+        "CR0_FIXED0": msrs.GUEST_CR0 & ~msrs.L2_CR0_VARIABLE,
+        "CR0_FIXED1": msrs.GUEST_CR0 | msrs.L2_CR0_VARIABLE,
+        "CR4_FIXED0": msrs.GUEST_CR4 & ~cr4,
+        "CR4_FIXED1": msrs.GUEST_CR4 | cr4,
+        "PROCBASED_CTLS2": _allowed(controls[PROCBASED2], _put(procbased2, CTLS2_PCONFIG, flags.mktme)),
         "EPT_VPID_CAP": _put(cap, _SSS, has(xfam, CET_S)),
         "TRUE_PINBASED_CTLS": _allowed(controls[PINBASED], PINBASED.writable),
         "TRUE_PROCBASED_CTLS": _allowed(controls[PROCBASED], procbased),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Final, NamedTuple
 
+from septum.arch import platform_msrs as msrs
 from septum.arch.cpuid import KNOWN_FMS, NO_BITS, XFAM_FIXED0, CpuidEntry, CpuModel, Registers, cpuid_table
 
 XCR0_BITS: Final = 0x602FF
@@ -15,10 +16,6 @@ XCR0_BITS: Final = 0x602FF
 XSS_BITS: Final = 0x1FD00
 """Extended features of supervisor mode, which IA32_XSS enables."""
 MAX_XFAM_BIT: Final = 18
-
-IA32_ARCH_CAPABILITIES: Final = 0x10A
-IA32_PERF_CAPABILITIES: Final = 0x345
-IA32_VMX_EPT_VPID_CAP: Final = 0x48C
 
 _XSTATE_LEAF: Final = 0xD
 _ALIGN_64: Final = 1 << 1
@@ -60,7 +57,7 @@ class NativeCpu:
     @cached_property
     def has_5_level_ept(self) -> bool:
         """Whether EPT page walks can have five levels."""
-        return bool(self.cpu.msr(IA32_VMX_EPT_VPID_CAP) >> 7 & 1)
+        return bool(self.cpu.msr(msrs.IA32_VMX_EPT_VPID_CAP) >> 7 & 1)
 
     @cached_property
     def xfam_fixed0(self) -> int:
@@ -85,12 +82,12 @@ class NativeCpu:
     @cached_property
     def arch_capabilities(self) -> int:
         """IA32_ARCH_CAPABILITIES."""
-        return self.cpu.msr(IA32_ARCH_CAPABILITIES)
+        return self.cpu.msr(msrs.IA32_ARCH_CAPABILITIES)
 
     @cached_property
     def has_perf_metrics(self) -> bool:
         """IA32_PERF_CAPABILITIES.PERF_METRICS_AVAILABLE."""
-        return bool(self.cpu.msr(IA32_PERF_CAPABILITIES) >> 15 & 1)
+        return bool(self.cpu.msr(msrs.IA32_PERF_CAPABILITIES) >> 15 & 1)
 
     @cached_property
     def allowed_fms(self) -> tuple[int, ...]:
