@@ -86,7 +86,7 @@ class Journal:
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self.world = world
         self._log: list[tuple[Any, Any, Any]] = []
         Tracking.log = self._log
         world.dress(logging_twin)
@@ -103,7 +103,12 @@ class Journal:
 
     def close(self) -> None:
         """Stops logging; the world keeps its state."""
-        self._world.dress(None)
+        self.world.dress(None)
+
+    def resume(self) -> None:
+        """Logs again after an exploration, which leaves the state as it was but not the log in force."""
+        Tracking.log = self._log
+        self.world.dress(logging_twin)
 
 
 class Tracking:

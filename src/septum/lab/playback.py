@@ -17,6 +17,7 @@ from septum.tdx.host import HANDLERS
 from septum.tdx.module import Module
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import GPR_NAMES, Regs
+from septum.tdx.state.vp import Vp
 from septum.tdx.vm_exit import VmExit
 
 LONG_MODE_EFER: Final = 0xD01
@@ -140,6 +141,12 @@ def _check_same_state(expected: Outcome, actual: dict[str, str]) -> None:
         )
 
 
+def in_64_bit_mode(vp: Vp) -> dict[int, int]:
+    """Guest state by VMCS encoding with which a guest runs in 64-bit mode, as the recording harness puts it there."""
+    access_rights = vp.vmcs[vmcs.GUEST_CS_ACCESS_RIGHTS] & ~DEFAULT_SIZE_CS | LONG_MODE_CS
+    return {vmcs.GUEST_EFER: LONG_MODE_EFER, vmcs.GUEST_CS_ACCESS_RIGHTS: access_rights}
+
+
 class Machine:
     """A module whose state can be put back, and the harness around it that plays the recorded events."""
 
@@ -185,10 +192,7 @@ class Machine:
         if not running:
             raise Different({"state": event.outcome.state}, {"state": f"no guest runs on LP {event.lp}"})
         vp = module.vp(running)
-        fields: dict[int, int] = {}
-        if event.long_mode:
-            fields[vmcs.GUEST_EFER] = LONG_MODE_EFER
-            fields[vmcs.GUEST_CS_ACCESS_RIGHTS] = vp.vmcs[vmcs.GUEST_CS_ACCESS_RIGHTS] & ~DEFAULT_SIZE_CS | LONG_MODE_CS
+        fields = in_64_bit_mode(vp) if event.long_mode else {}
         gprs = {**dict(zip(GPR_NAMES, vp.tdvps.gprs, strict=True)), **event.gprs}
         exit_ = VmExit(
             event.reason,
