@@ -11,7 +11,7 @@ from septum.tdx.metadata.scope import Scope
 
 _STEPPING = 0xF
 _NO_LEAF = SUBLEAF_NA << 32 | 0xFFFF_FFFF
-#: What this module can do: all optional features of 1.5.01 but TDG.MR.VERIFYREPORT need no support by the platform.
+#: What 1.5.01 can do. Bit 8, local attestation, also needs a CPU that has SEAMVERIFYREPORT: it is taken to be there.
 _TDX_FEATURES0 = 0xF0FBF
 #: 4 KiB pages for hand-off data at the beginning of the module's data region, minus one, on the recorded platform.
 _NUM_HANDOFF_PAGES = 0x3F
