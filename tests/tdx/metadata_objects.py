@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from septum.arch.cpuid import cpuid_table
+from septum.arch.cpuid import CpuModel, cpuid_table
 from septum.arch.metadata import Access, Context
 from septum.arch.op_state import SysState
 from septum.arch.platform import Platform, profile
@@ -18,8 +18,15 @@ ALL = (1 << 64) - 1
 class Objects:
     """The module on a platform, initialised on all LPs; a TD with CPUID values and some L2 VMs; a VCPU of it."""
 
-    def __init__(self, platform: Platform | None = None, *, l2_vms: int = 0, attributes: int = 0) -> None:
-        self.module = Module(platform or profile())
+    def __init__(
+        self,
+        platform: Platform | None = None,
+        cpu: CpuModel | None = None,
+        *,
+        l2_vms: int = 0,
+        attributes: int = 0,
+    ) -> None:
+        self.module = Module(platform or profile(), cpu)
         self.module.sys.state = SysState.READY
         for lp in self.module.lps:
             lp.initialised = True

@@ -6,6 +6,7 @@ import gzip
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from septum.arch.platform import Platform
 from septum.arch.status import Status
 from septum.core.run import solo_call
 from septum.tdx.metadata import dump_list, read_element
-from septum.tdx.metadata.sys import allowed_fms
 from septum.tdx.registers import Regs
 from tests.tdx.metadata_objects import Objects
 
@@ -126,7 +126,11 @@ def test_an_lp_that_is_not_initialised_gets_nothing() -> None:
 
 @pytest.mark.parametrize("fms", KNOWN_FMS)
 def test_older_generations_may_be_presented_newer_ones_may_not(fms: int) -> None:
-    cpu = recording_cpu()
     own = fms & ~0xF | 1
-    allowed = allowed_fms(type(cpu)(cpu.name, cpu.about, own, cpu.leaves, cpu.msrs))
-    assert allowed == (own, *KNOWN_FMS[KNOWN_FMS.index(fms) + 1 :])
+    objects = Objects(cpu=replace(recording_cpu(), fms=own))
+    first = field_table("sys").named("ALLOWED_FMS").id
+    number = objects.read(Context.SYS, HOST, field_table("sys").named("NUM_ALLOWED_FMS").id)
+    allowed = [objects.read(Context.SYS, HOST, first + place) for place in range(64)]
+    assert allowed[:number] == [own, *KNOWN_FMS[KNOWN_FMS.index(fms) + 1 :]]
+    assert not any(allowed[number:])
+    assert objects.read(Context.SYS, HOST, field_table("sys").named("PKG_FMS").id) == own

@@ -5,11 +5,10 @@ Source: TDX Module 1.5.01, ``src/common/metadata_handlers/metadata_sys.c``.
 
 from __future__ import annotations
 
-from septum.arch.cpuid import KNOWN_FMS, SUBLEAF_NA, XFAM_FIXED0, CpuModel, configurable
+from septum.arch.cpuid import SUBLEAF_NA, configurable
 from septum.arch.metadata import Element, sys_constants
 from septum.tdx.metadata.scope import Scope
 
-_STEPPING = 0xF
 _NO_LEAF = SUBLEAF_NA << 32 | 0xFFFF_FFFF
 #: What 1.5.01 can do. Bit 8, local attestation, also needs a CPU that has SEAMVERIFYREPORT: it is taken to be there.
 _TDX_FEATURES0 = 0xF0FBF
@@ -17,26 +16,14 @@ _TDX_FEATURES0 = 0xF0FBF
 _NUM_HANDOFF_PAGES = 0x3F
 
 
-def xfam_fixed0(cpu: CpuModel) -> int:
-    """XFAM bits that a TD may have: those that the module knows and the CPU has, by CPUID(0xd)."""
-    user, supervisor = cpu.cpuid(0xD, 0), cpu.cpuid(0xD, 1)
-    return XFAM_FIXED0 & (user.edx << 32 | user.eax | supervisor.edx << 32 | supervisor.ecx)
-
-
-def allowed_fms(cpu: CpuModel) -> tuple[int, ...]:
-    """Family, model and stepping values that a TD may be given: the CPU's own, and the older generations'."""
-    own = next(i for i, fms in enumerate(KNOWN_FMS) if (fms ^ cpu.fms) & ~_STEPPING == 0)
-    return (cpu.fms, *KNOWN_FMS[own + 1 :])
-
-
 def read_sys(scope: Scope, element: Element) -> int:
     """The value of an element. Hand-off data, which the model does not have, reads as 0."""
-    platform, cpu, number = scope.module.platform, scope.module.hardware.cpu, element.number
+    platform, cpu, number = scope.module.platform, scope.module.native_cpu, element.number
     match element.field.name:
         case "NUM_PKGS":
             return platform.num_packages
         case "PKG_FMS":
-            return cpu.fms if number < platform.num_packages else 0
+            return cpu.cpu.fms if number < platform.num_packages else 0
         case "NUM_HANDOFF_PAGES":
             return _NUM_HANDOFF_PAGES
         case "SYS_ATTRIBUTES":
@@ -48,15 +35,14 @@ def read_sys(scope: Scope, element: Element) -> int:
         case "CMR_SIZE":
             return platform.cmrs[number].size if number < len(platform.cmrs) else 0
         case "XFAM_FIXED0":
-            return xfam_fixed0(cpu)
+            return cpu.xfam_fixed0
         case "CPUID_CONFIG_LEAVES":
             return configurable()[number].leaf_subleaf if number < len(configurable()) else _NO_LEAF
         case "CPUID_CONFIG_VALUES" if number < 2 * len(configurable()):
             direct = configurable()[number // 2].config_direct
             return direct.high if number % 2 else direct.low
         case "NUM_ALLOWED_FMS":
-            return len(allowed_fms(cpu))
+            return len(cpu.allowed_fms)
         case "ALLOWED_FMS":
-            known = allowed_fms(cpu)
-            return known[number] if number < len(known) else 0
+            return cpu.allowed_fms[number] if number < len(cpu.allowed_fms) else 0
     return sys_constants().get(element.field.name, 0)

@@ -16,6 +16,7 @@ from septum.tdx.metadata.controls import Effect
 from septum.tdx.metadata.scope import Located, Scope
 from septum.tdx.metadata.td import check_protected_bits
 from septum.tdx.outcome import Fail, check
+from septum.tdx.td_params.msrs import DDPD_U
 
 NOT_A_PHYSICAL_ADDRESS = 1 << 63
 """Set in the initial value of address fields."""
@@ -29,7 +30,6 @@ VAPIC_PPR = 0xA0
 XSAVE_HEADER = range(512 // 8, (512 + 64) // 8)
 """Elements of XBUFF."""
 XFAM_PT = 8
-SPEC_CTRL_DDPD_U = 1 << 8
 
 
 def read_vp(scope: Scope, located: Located) -> int:
@@ -152,8 +152,8 @@ def _xbuff(scope: Scope, element: Element, write_mask: int, new: int) -> int:
 def _spec_ctrl(scope: Scope, element: Element, write_mask: int, new: int) -> int:
     """Bit DDPD_U of a guest that does not know it is 1, if the CPU has it."""
     if not cpu_has_ddpd(scope):
-        return new & ~SPEC_CTRL_DDPD_U
-    return new if scope.of_td.tdcs.cpuid_flags.ddpd else new | SPEC_CTRL_DDPD_U
+        return new & ~DDPD_U
+    return new if scope.of_td.tdcs.cpuid_flags.ddpd else new | DDPD_U
 
 
 def cpu_has_ddpd(scope: Scope) -> bool:
