@@ -30,10 +30,12 @@ PARAMS = TdParams(xfam=3, max_vcpus=8, eptp_controls=0x1E, tsc_frequency=40)
 class Machine:
     """The module on a platform of two packages, ready unless told otherwise, in a world of its own."""
 
-    def __init__(self, platform: Platform | None = None, *, boot: bool = True) -> None:
+    def __init__(
+        self, platform: Platform | None = None, *, boot: bool = True, features: frozenset[str] = frozenset()
+    ) -> None:
         Tracking.world = World()
         self.platform = platform or profile("small")
-        self.module = Module(self.platform)
+        self.module = Module(self.platform, features=features)
         self.hkids = iter(self.platform.private_hkids[1:])
         memory = self.platform.tdmrs[0].available[0]
         self._next = memory.base + PAGE_2M & -PAGE_2M

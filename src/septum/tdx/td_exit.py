@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from septum.arch import leaves, vmcs
+from septum.arch.errors import UsageError
 from septum.arch.exits import BUS_LOCK_PREEMPTED, VM_ENTRY_FAILED, ExitReason
 from septum.arch.op_state import LastExit, VcpuState
 from septum.arch.operands import Operand
@@ -54,7 +55,12 @@ _VCPU_AFTER: Final = {
 
 
 async def td_exit(module: Module, lp: Lp, exit_: VmExit) -> Regs | None:
-    """Handles a VM exit: None when the guest goes on, the host's registers when the TD was left."""
+    """Handles a VM exit: None when the guest goes on, the host's registers when the TD was left.
+
+    :raises UsageError: when no guest runs on the LP.
+    """
+    if not lp.running:
+        raise UsageError(f"no guest runs on {lp.name}: there is no VM exit without TDH.VP.ENTER before")
     vp = module.vp(lp.running)
     td = module.td(module.pamt_entry(vp.pa).owner)
     try:
