@@ -10,6 +10,7 @@ the file. A machine is brought there once; after each sequence a journal takes i
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -23,6 +24,9 @@ from septum.arch.errors import UsageError
 from septum.arch.platform import Platform
 from septum.lab.playback import Different, Machine, describe
 from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Seamcall, Sequence, StateCheck, VectorFile
+
+Progress = Callable[[str], object]
+"""Called with a line that says how far the work is."""
 
 POWER_ON: Final = "poweron"
 START_FILES: Final = ("boot", "prefix")
@@ -61,7 +65,7 @@ class Difference:
 
 @dataclass(slots=True)
 class Report:
-    """What a run over vectors found. ``notes`` are about start states that were not reached as recorded."""
+    """What a run over vectors found. ``notes``: start states that were not reached as recorded, and other caveats."""
 
     events: int = 0
     passed: int = 0
@@ -69,6 +73,7 @@ class Report:
     by_status: dict[str, Tally] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     def count(self, leaf: str, answer: str, passed: bool) -> None:
         """Counts one event under its interface function and the status that was recorded."""
@@ -86,6 +91,7 @@ class Report:
                 mine.setdefault(name, Tally()).add(tally.events, tally.passed)
         self.differences = (self.differences + other.differences)[:keep]
         self.notes += other.notes
+        self.interrupted |= other.interrupted
 
     def record(self) -> dict[str, Any]:
         """The report as one JSON object."""
@@ -101,6 +107,11 @@ class Runner:
         self._starts: dict[str, tuple[VectorFile, Sequence]] | None = None
         self._machine: Machine | None = None
         self._reached: list[tuple[str, int]] = []
+
+    def close(self) -> None:
+        """Ends the machine."""
+        if self._machine is not None:
+            self._machine.close()
 
     def run(self, file: VectorFile, sequence: Sequence, report: Report, keep: int, leaf: str | None = None) -> None:
         """Plays a sequence from its start state and counts its events."""
@@ -220,27 +231,40 @@ def inputs_of(event: Event) -> dict[str, str]:
 
 
 def conform(
-    path: Path, *, keep: int = 20, limit: int | None = None, leaf: str | None = None, sequence: str | None = None
+    path: Path,
+    *,
+    keep: int = 20,
+    limit: int | None = None,
+    leaf: str | None = None,
+    sequence: str | None = None,
+    progress: Progress = lambda text: None,
 ) -> Report:
     """Runs a file of vectors against the model.
 
     At most ``keep`` differences are kept, ``limit`` sequences are run; ``leaf`` counts only one interface function's
-    events, ``sequence`` runs only sequences whose name contains it.
+    events, ``sequence`` runs only sequences whose name contains it. A KeyboardInterrupt ends the run; what was found
+    until then is returned.
 
     :raises UsageError: when the file, or a file with start states beside it, is not a complete file of vectors.
     """
-    file = VectorFile(path)
-    runner = Runner(path.parent)
     report = Report()
-    with closing(file.sequences()) as items:
+    file = VectorFile(path)
+    with closing(Runner(path.parent)) as runner, closing(file.sequences()) as items:
         chosen = (item for item in items if sequence is None or sequence in item.name)
-        for item in islice(chosen, limit):
-            runner.run(file, item, report, keep, leaf)
-    report.notes += runner.notes
+        try:
+            for item in islice(chosen, limit):
+                runner.run(file, item, report, keep, leaf)
+                progress(f"{path.name}: {report.passed:,} of {report.events:,} events agree")
+        except KeyboardInterrupt:
+            report.interrupted = True
+            report.notes.append(f"{path}: interrupted after {report.events:,} events")
+        report.notes += runner.notes
     return report
 
 
-def conform_files(paths: list[Path], *, jobs: int = 1, keep: int = 20, **choice: Any) -> Report:
+def conform_files(
+    paths: list[Path], *, jobs: int = 1, keep: int = 20, progress: Progress = lambda text: None, **choice: Any
+) -> Report:
     """Runs several files, up to ``jobs`` at the same time, with the options of :func:`conform`.
 
     :raises UsageError: as :func:`conform`.
@@ -248,15 +272,45 @@ def conform_files(paths: list[Path], *, jobs: int = 1, keep: int = 20, **choice:
     total = Report()
     run: Callable[[Path], Report] = partial(conform, keep=keep, **choice)
     if jobs > 1 and len(paths) > 1:
-        from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415 -- only for several files
-
-        with ProcessPoolExecutor(min(jobs, len(paths))) as pool:
-            for report in pool.map(run, paths):
-                total.merge(report, keep)
+        reports = _in_processes(run, paths, jobs)
     else:
-        for path in paths:
-            total.merge(run(path), keep)
+        reports = (conform(path, keep=keep, progress=progress, **choice) for path in paths)
+    for done, report in enumerate(reports, 1):
+        total.merge(report, keep)
+        progress(f"{done} of {len(paths)} files: {total.passed:,} of {total.events:,} events agree")
+        if total.interrupted and jobs == 1:
+            break
     return total
+
+
+def _in_processes(run: Callable[[Path], Report], paths: list[Path], jobs: int) -> Iterator[Report]:
+    """Reports in the order of the files. An interrupt ends the running ones early and the others before they start."""
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415 -- only for several files
+
+    with ProcessPoolExecutor(min(jobs, len(paths)), initializer=_ignore_interrupts) as pool:
+        waiting = [pool.submit(_interruptible, run, path) for path in paths]
+        while waiting:
+            try:
+                report = waiting[0].result()
+            except KeyboardInterrupt:
+                waiting = [future for future in waiting if not future.cancel()]
+                yield Report(interrupted=True)
+            else:
+                del waiting[0]
+                yield report
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interruptible(run: Callable[[Path], Report], path: Path) -> Report:
+    """A job of a worker process, which is deaf to interrupts between jobs: a worker that dies takes all others along."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return run(path)
+    finally:
+        _ignore_interrupts()
 
 
 def _main() -> int:

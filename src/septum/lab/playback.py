@@ -155,6 +155,11 @@ class Machine:
         self.module = Module(platform)
         self.journal = Journal(Tracking.world)
 
+    def close(self) -> None:
+        """Stops logging, and leaves the world to others."""
+        self.journal.close()
+        Tracking.world = World()
+
     def play(self, event: Event) -> None:
         """Carries out one event and checks its answer.
 
