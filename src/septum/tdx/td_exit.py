@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from septum.tdx.state.td import Td
     from septum.tdx.state.vp import Vp
 
+_DEBUG: Final = TdAttributes.DEBUG.value
 _FATAL: Final = 1 << 61
 _TRAP_LIKE: Final = 1 << 60
 """Bits of a completion status: the TD is dead; RIP is past the instruction and the host may give a hint."""
@@ -83,12 +84,15 @@ def _record(module: Module, lp: Lp, vp: Vp, exit_: VmExit) -> None:
     if exit_.vmcs:
         for encoding, value in exit_.vmcs.items():
             fields.store(encoding, value)
-    fields.store(vmcs.EXIT_REASON, exit_.reason)
-    fields.store(vmcs.EXIT_QUALIFICATION, exit_.qualification)
-    fields.store(vmcs.EXIT_GPA, exit_.gpa)
-    fields.store(vmcs.EXIT_GLA, exit_.gla)
-    fields.store(vmcs.EXIT_INTERRUPTION, exit_.interruption)
-    fields.store(vmcs.EXIT_INSTRUCTION_LENGTH, exit_.instruction_length)
+    for encoding, value in (
+        (vmcs.EXIT_REASON, exit_.reason),
+        (vmcs.EXIT_QUALIFICATION, exit_.qualification),
+        (vmcs.EXIT_GPA, exit_.gpa),
+        (vmcs.EXIT_GLA, exit_.gla),
+        (vmcs.EXIT_INTERRUPTION, exit_.interruption),
+        (vmcs.EXIT_INSTRUCTION_LENGTH, exit_.instruction_length),
+    ):
+        fields.store(encoding, value)
     tdvps.last_exit_tsc = module.hardware.rdtsc()
     if exit_.gprs is not None:
         tdvps.gprs = exit_.gprs.to_tuple()
@@ -103,7 +107,7 @@ async def _handle(module: Module, lp: Lp, td: Td, vp: Vp, exit_: VmExit) -> None
 
     :raises TdExit, TdVmcall: the host has to act.
     """
-    debug = bool(td.tdcs.attributes & TdAttributes.DEBUG)
+    debug = bool(td.tdcs.attributes & _DEBUG)
     if td.tdr.fatal:
         # A machine check on another LP: nothing in the TD's memory may be touched any more.
         raise TdExit(
