@@ -179,13 +179,14 @@ class Module(Fixed):
         call = HostCall(self, caller, regs, leaf, version)
         caller.busy = True
         try:
-            regs.rax = await self._dispatch(call, rax)
-        except Fail as fail:
-            regs.rax = fail.status
+            try:
+                regs.rax = await self._dispatch(call, rax)
+            except Fail as fail:
+                regs.rax = fail.status
+            await call.locks.drop()
         except ModuleHalt as halt:
             self.sys.halted = str(halt)
             raise
-        await call.locks.drop()
         if not caller.running:
             caller.busy = False
         return regs
