@@ -70,15 +70,16 @@ class TryLock(ABC):
         Else it changes nothing and returns False; :meth:`acquire` then tells what comes of it. In a solo run this is
         the whole of an attempt that succeeds.
         """
-        word = self._word()
+        words, key = self.words, self.key
+        word = words.get(key, 0)
         if mode is Mode.EXCLUSIVE:
             if word:
                 return False
-            self._put(self.EX)
+            words[key] = self.EX
             return True
         if word & self.NO_READERS or word == self.FULL:
             return False
-        self._put(word + self.READER)
+        words[key] = word + self.READER
         return True
 
     async def acquire(self, mode: Mode, *, guest: bool = False) -> Taken:
@@ -297,10 +298,11 @@ class SeptEntryLock(TryLock):
         self.words.store(self.key, word)
 
     def take_free(self, mode: Mode) -> bool:
-        word = self._word()
+        words, key = self.words, self.key
+        word = words[key]
         if word & (self.TDEL | self.TDHP):
             return False
-        self._put(word | self.TDEL)
+        words[key] = word | self.TDEL
         return True
 
     async def _attempt(self, mode: Mode, guest: bool) -> Taken:

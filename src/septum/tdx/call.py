@@ -20,7 +20,6 @@ from septum.arch.pages import (
     PAGE_MASK,
     Level,
     PageInfo,
-    is_below_max_pa,
     is_valid_gpa,
     level_index,
     level_size,
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 SHARED, EXCLUSIVE = Mode.SHARED, Mode.EXCLUSIVE
 MIN_TDCS_PAGES = 6
+_PAMT_ABOVE_4K = tuple((int(level), PAGE_MASK & -level_size(level)) for level in (Level.PDPT, Level.PD))
+"""Levels of PAMT entries, and the address bits that name one."""
 PAGE_NOT_USED = 1 << 63
 """Set in R8 to R11 on return when a Secure EPT page that was offered there was not needed."""
 
@@ -133,8 +134,7 @@ def check_no_interrupt(call: HostCall, operands: tuple[int, int]) -> None:
 
 def check_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
     """``hpa_check_with_pwr_2_alignment``: aligned, no HKID bits, below MAX_PA; else OPERAND_INVALID."""
-    ok = not pa & (alignment - 1) and not call.module.pa_format.hkid(pa) and is_below_max_pa(pa)
-    check(ok, Status.TDX_OPERAND_INVALID, operand)
+    check(not pa & (alignment - 1 | call.module.reserved_in_private_pa), Status.TDX_OPERAND_INVALID, operand)
 
 
 def check_shared_hpa(call: HostCall, pa: int, size: int, operand: int, alignment: int | None = None) -> None:
@@ -161,20 +161,21 @@ async def walk_pamt(call: Call, pa: int, operand: int, mode: Mode, size: int = L
     """``pamt_walk``: locks the entries from 1 GiB down, shared, and the one that maps the page in ``mode``."""
     module, locks = call.module, call.locks
     check(module.is_covered_by_pamt(pa), Status.TDX_OPERAND_ADDR_RANGE_ERROR, operand)
-    taken: tuple[PamtLock, ...] = ()
-    for level in (Level.PDPT, Level.PD):
-        key = pa & -level_size(level) & PAGE_MASK | level
+    taken: list[PamtLock] = []
+    for level, mask in _PAMT_ABOVE_4K:
+        key = pa & mask | level
         lock = PamtLock(module.locks, key)
         await locks.take(lock, SHARED, operand)
-        taken += (lock,)
+        taken.append(lock)
         if level == size or module.pamt_entry(key).page_type == PageType.REG:
             if mode is EXCLUSIVE:
                 await locks.promote(lock, operand)
-            return LockedPage(pa, key, taken)
+            return LockedPage(pa, key, tuple(taken))
     key = pa & PAGE_MASK
     lock = PamtLock(module.locks, key)
     await locks.take(lock, mode, operand)
-    return LockedPage(pa, key, (*taken, lock))
+    taken.append(lock)
+    return LockedPage(pa, key, tuple(taken))
 
 
 async def lock_free_page(call: HostCall, pa: int, operand: int, size: int = Level.PT) -> LockedPage:

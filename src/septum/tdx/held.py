@@ -56,8 +56,11 @@ class HeldLocks:
 
     async def release(self, lock: TryLock) -> None:
         """Lets go of one lock before the others."""
-        held, mode = self._held.pop(self._place(lock))
-        await self._let_go(held, mode)
+        _, mode = self._held.pop(self._place(lock))
+        try:
+            await lock.release(mode)
+        except SanityCheckFailed as halt:
+            raise ModuleHalt(str(halt)) from None
 
     def forget(self, lock: TryLock) -> None:
         """The lock was released by a write to the word that holds it (a Secure EPT entry), or is handed on."""
@@ -69,9 +72,16 @@ class HeldLocks:
             await self.release(lock)
         self.first_out = ()
         held = self._held
-        while held:
-            lock, mode = held.pop(0 if oldest_first else -1)
-            await self._let_go(lock, mode)
+        solo = ctx.level == SOLO
+        try:
+            while held:
+                lock, mode = held.pop(0 if oldest_first else -1)
+                if solo:
+                    lock.release_now(mode)
+                else:
+                    await lock.release(mode)
+        except SanityCheckFailed as halt:
+            raise ModuleHalt(str(halt)) from None
 
     def hand_over(self) -> list[tuple[TryLock, Mode]]:
         """Gives up ownership without releasing: TDH.VP.ENTER keeps locks while the guest runs."""
@@ -84,13 +94,3 @@ class HeldLocks:
 
     def _place(self, lock: TryLock) -> int:
         return next(i for i, (held, _) in enumerate(self._held) if held is lock)
-
-    @staticmethod
-    async def _let_go(lock: TryLock, mode: Mode) -> None:
-        try:
-            if ctx.level == SOLO:
-                lock.release_now(mode)
-            else:
-                await lock.release(mode)
-        except SanityCheckFailed as halt:
-            raise ModuleHalt(str(halt)) from None

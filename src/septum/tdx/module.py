@@ -9,7 +9,7 @@ from septum.arch.cpuid import CpuModel, recording_cpu
 from septum.arch.leaves import HostLeaf
 from septum.arch.op_state import SysState
 from septum.arch.operands import Operand
-from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, is_below_max_pa, overlaps
+from septum.arch.pages import PA_MASK, PAGE_1G, PAGE_2M, PAGE_4K, is_below_max_pa, overlaps
 from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
@@ -75,6 +75,7 @@ class Module(Fixed):
         self.platform = platform
         self.versioned = VERSIONED | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())
         self.pa_format = platform.pa_format
+        self.reserved_in_private_pa = (1 << 64) - 1 & ~PA_MASK | self.pa_format.hkid_mask
         self.hardware = Hardware(platform, cpu or recording_cpu())
         self.native_cpu = NativeCpu(self.hardware.cpu)
         self.memory = Memory()
