@@ -17,6 +17,7 @@ from septum.core.steps import step
 from septum.tdx.call import root_level
 from septum.tdx.outcome import Fail, sanity
 from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
+from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
 
 if TYPE_CHECKING:
     from septum.tdx.call import Call, HostCall, SeptEntry
