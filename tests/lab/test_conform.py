@@ -85,6 +85,16 @@ def test_several_files_at_the_same_time(tmp_path: Path) -> None:
     assert conform_files(paths, jobs=2).record() == conform_files(paths).record()
 
 
+def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
+    def interrupt(text: str) -> None:
+        assert "2 of 2 events" in text
+        raise KeyboardInterrupt
+
+    report = conform(write(tmp_path / "file.jsonl", GOOD, GOOD), progress=interrupt)
+    assert (report.events, report.passed, report.interrupted) == (2, 2, True)
+    assert "interrupted after 2 events" in report.notes[0]
+
+
 def test_start_states_come_from_the_files_beside(tmp_path: Path) -> None:
     write(tmp_path / "boot.jsonl", sequence("boot", "poweron", call(INIT)))
     lp_init = call(LP_INIT, name="TDH.SYS.LP.INIT")

@@ -10,7 +10,7 @@ import typer
 
 from septum.cli.main import BAD, GOOD
 from septum.cli.options import Json, Quiet
-from septum.cli.output import Block, show
+from septum.cli.output import Block, Progress, show
 
 if TYPE_CHECKING:
     from septum.lab.conform import Difference, Report
@@ -36,10 +36,12 @@ def conform(
     """
     from septum.lab.conform import conform_files
 
-    report = conform_files(files, keep=keep, jobs=jobs)
+    progress = Progress(quiet=quiet)
+    report = conform_files(files, keep=keep, jobs=jobs, progress=progress)
+    progress.clear()
     passed = f"{report.passed:,} of {report.events:,} events agree"
     show(report.record(), passed, _blocks(report, passed), as_json=as_json, quiet=quiet)
-    return GOOD if report.passed == report.events else BAD
+    return GOOD if report.passed == report.events and not report.interrupted else BAD
 
 
 def _blocks(report: Report, passed: str) -> list[Block]:

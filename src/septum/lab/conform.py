@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from septum.arch.errors import UsageError
 from septum.arch.platform import Platform
 from septum.lab.playback import Different, Machine, describe
 from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Seamcall, Sequence, StateCheck, VectorFile
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event as Event_
 
 Progress = Callable[[str], object]
 """Called with a line that says how far the work is."""
@@ -132,8 +135,27 @@ class Runner:
 
         :raises UsageError: when no sequence in the folder's start files has this name.
         """
-        file, sequence = self._start(state)
+        if state == POWER_ON:
+            file, sequence = self._start(START_FILES[0])
+        else:
+            file, sequence = self._start(state)
         return self._enter(file, Sequence(state, state, sequence.line))
+
+    def machine_on_the_way(self, state: str, leaf: str | None) -> Machine:
+        """As :meth:`machine_at`, but, when ``leaf`` is given, just after the last call of that leaf on the way there.
+
+        :raises UsageError: when there is no such state, or no such call on its way.
+        """
+        if leaf is None:
+            return self.machine_at(state)
+        file, sequence = self._start(state)
+        calls = [number for number, event in enumerate(sequence.events, 1) if event.name == leaf]
+        if not calls:
+            raise UsageError(f"{self.folder}: start state {state!r} is reached without {leaf}; give another folder")
+        part = Sequence(f"{state} after {leaf}", sequence.start, sequence.line, sequence.events[: calls[-1]])
+        if self._starts is not None:
+            self._starts[part.name] = (file, part)
+        return self.machine_at(part.name)
 
     def _enter(self, file: VectorFile, sequence: Sequence) -> Machine:
         """The machine in the state from which a sequence starts."""
@@ -284,33 +306,42 @@ def conform_files(
 
 
 def _in_processes(run: Callable[[Path], Report], paths: list[Path], jobs: int) -> Iterator[Report]:
-    """Reports in the order of the files. An interrupt ends the running ones early and the others before they start."""
-    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415 -- only for several files
+    """Reports in the order of the files. An interrupt ends the running ones early, and the others before they start."""
+    import multiprocessing  # noqa: PLC0415 -- only for several files
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
 
-    with ProcessPoolExecutor(min(jobs, len(paths)), initializer=_ignore_interrupts) as pool:
-        waiting = [pool.submit(_interruptible, run, path) for path in paths]
+    stop = multiprocessing.Event()
+    with ProcessPoolExecutor(min(jobs, len(paths)), initializer=_Worker.start, initargs=(stop,)) as pool:
+        waiting = [pool.submit(_Worker.run, run, path) for path in paths]
         while waiting:
             try:
                 report = waiting[0].result()
             except KeyboardInterrupt:
-                waiting = [future for future in waiting if not future.cancel()]
-                yield Report(interrupted=True)
+                stop.set()
             else:
                 del waiting[0]
                 yield report
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Worker:
+    """A worker process. Between jobs it is deaf to interrupts: a worker that dies takes all others along."""
 
+    stop: ClassVar[Event_]
 
-def _interruptible(run: Callable[[Path], Report], path: Path) -> Report:
-    """A job of a worker process, which is deaf to interrupts between jobs: a worker that dies takes all others along."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return run(path)
-    finally:
-        _ignore_interrupts()
+    @classmethod
+    def start(cls, stop: Event_) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        cls.stop = stop
+
+    @classmethod
+    def run(cls, run: Callable[[Path], Report], path: Path) -> Report:
+        if cls.stop.is_set():
+            return Report(notes=[f"{path}: not run"], interrupted=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return run(path)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _main() -> int:
