@@ -17,7 +17,6 @@ from septum.core.steps import step
 from septum.tdx.call import root_level
 from septum.tdx.outcome import Fail, sanity
 from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
-from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
 
 if TYPE_CHECKING:
     from septum.tdx.call import Call, HostCall, SeptEntry
@@ -38,6 +37,9 @@ class L2Entry:
         self.pa = pa
         self.level = level
         self.value = value
+
+    def __repr__(self) -> str:
+        return f"L2_SEPT_ENTRY[{self.pa:#x}]"
 
 
 def root(module: Module, td: Td, vm: int) -> int:
@@ -75,8 +77,9 @@ def aliases(call: Call, td: Td, entry: SeptEntry, value: int, *, guest: bool = F
 
 async def write(call: Call, entry: L2Entry, value: int) -> None:
     """A 64-bit write of an L2 entry."""
-    await step("write", f"L2_SEPT_ENTRY[{entry.pa:#x}]")
+    await step("write", entry)
     call.module.sept_l2.store(entry.pa, value)
+    await step("written", entry)
 
 
 def check_has_table(alias: L2Entry) -> None:
