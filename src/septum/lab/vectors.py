@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -200,8 +201,17 @@ def open_text(path: Path) -> IO[str]:
     if path.suffix == ".xz":
         return lzma.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
-        raise UsageError(f"{path}: Septum does not read .zst; decompress it first (zstd -d)")
+        return _open_zstd(path)
     return path.open(encoding="utf-8")
+
+
+def _open_zstd(path: Path) -> IO[str]:
+    try:
+        zstd = import_module("compression.zstd")
+    except ImportError:
+        raise UsageError(f"{path}: only Python 3.14 and later reads .zst; decompress it first (zstd -d)") from None
+    file: IO[str] = zstd.open(path, "rt", encoding="utf-8")
+    return file
 
 
 def _gprs(raw: Mapping[str, str]) -> dict[str, int]:
