@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -165,9 +164,11 @@ class VectorFile:
                 for text in file:
                     line += 1
                     yield text
+        except UsageError:
+            raise
         except FileNotFoundError:
             raise UsageError(f"{self.path}: there is no such file") from None
-        except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError, zlib.error) as error:
+        except Exception as error:  # each compression has its own kinds of error
             raise self.wrong(line + 1, f"cannot be read, the file may have been cut off or damaged ({error})") from None
 
     def _parse(self, line: int, text: str) -> dict[str, Any]:
