@@ -17,6 +17,7 @@ from septum.arch.operands import Operand
 from septum.arch.pages import page_info
 from septum.arch.status import Status, with_operand
 from septum.arch.structures import ConfigFlags, TdAttributes
+from septum.core.run import solo_call
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import GPR_NAMES, Regs
 from septum.tdx.stepping import log_ept_violation
@@ -299,6 +300,16 @@ def test_an_interrupt_after_some_time_is_just_an_interrupt() -> None:
     machine.enter()
     rip = machine.vp.vmcs[vmcs.GUEST_RIP]
     assert machine.exit(**INTERRUPT, vmcs={vmcs.GUEST_RIP: rip + 33}) is not None, "soon, but far from where it began"
+
+
+def test_where_time_stands_still_an_exit_can_say_that_the_guest_ran_long() -> None:
+    machine = GuestMachine()
+    machine.module.hardware.inputs.tsc_step = 0
+    machine.interrupt()
+    machine.enter()
+    seen = solo_call(machine.module.td_exit(0, VmExit.interrupt(0x20)))
+    assert seen is not None
+    assert (seen.rax, seen.r9) == (ExitReason.INTERRUPT, 0x8000_0020)
 
 
 def test_no_stepping_without_a_local_apic() -> None:

@@ -109,7 +109,7 @@ def resumes_guest(module: Module, lp: Lp, vp: Vp, exit_: VmExit) -> bool:
     if is_nmi or is_smi or reason in (ExitReason.INTERRUPT, ExitReason.MTF, ExitReason.INIT_EVENT):
         if not lp.is_single_stepping:
             since_entry = vp.tdvps.last_exit_tsc - lp.last_entry_tsc & (1 << 64) - 1
-            if moved > RIP_THRESHOLD or since_entry > TSC_THRESHOLD:
+            if exit_.ran_long or moved > RIP_THRESHOLD or since_entry > TSC_THRESHOLD:
                 return False
             _start(module, lp, vp, exit_)
         lp.nmi_while_stepping |= is_nmi

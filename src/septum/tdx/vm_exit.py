@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from septum.arch import vmcs
 from septum.arch.exits import ExitReason
 from septum.arch.status import Status
 from septum.tdx.registers import Regs
@@ -22,7 +23,8 @@ class VmExit:
 
     ``reason`` is the 32-bit exit reason, ``interruption`` the VM-exit interruption information. ``gprs`` are the
     guest's registers at the exit (None: as the module left them), ``vmcs`` other fields that the CPU or the guest
-    changed before it, by encoding: guest state such as RIP, IDT-vectoring information.
+    changed before it, by encoding: guest state such as RIP, IDT-vectoring information. ``ran_long`` says that the guest
+    ran too long for a single step, however little the TSC has moved: for harnesses in which time stands still.
     """
 
     reason: int
@@ -33,6 +35,12 @@ class VmExit:
     instruction_length: int = 0
     gprs: Regs | None = None
     vmcs: Mapping[int, int] | None = None
+    ran_long: bool = False
+
+    @classmethod
+    def interrupt(cls, vector: int) -> VmExit:
+        """An interrupt for the host stopped the guest, which had run for a while."""
+        return cls(ExitReason.INTERRUPT, interruption=vmcs.VALID | vector, ran_long=True)
 
     @classmethod
     def tdcall(cls, gprs: Regs) -> VmExit:
