@@ -262,3 +262,43 @@ def test_calls_about_l2_vms_know_how_many_there_are() -> None:
     assert machine.tdcall(invvpid, rcx=1 << 52).rax == with_operand(INVALID, Operand.RCX)
     assert machine.tdcall(enter, rcx=1 << 52, rdx=DATA + 1).rax == with_operand(INVALID, Operand.RDX)
     assert machine.tdcall(enter, rcx=1 << 52, rdx=DATA).rax == with_operand(INVALID, Operand.RCX)
+
+
+@pytest.fixture
+def l1_vmm() -> GuestMachine:
+    """A guest that has an L2 VM, as far as the module's checks go."""
+    machine = GuestMachine()
+    machine.of_td.tdcs.num_l2_vms = 1
+    machine.vp.fields["L2_VAPIC_GPA", 1] = (1 << 64) - 1
+    return machine
+
+
+def test_entering_an_l2_vm_is_checked_up_to_the_entry(l1_vmm: GuestMachine) -> None:
+    enter, vm = GuestLeaf.TDG_VP_ENTER, 1 << 52
+    assert l1_vmm.tdcall(enter, rcx=vm, rdx=DATA).rax == with_operand(INVALID, Operand.L2_VAPIC_GPA)
+    l1_vmm.vp.fields["L2_VAPIC_GPA", 1] = DATA
+    l1_vmm.vp.vmcs[vmcs.GUEST_INTERRUPT_STATUS] = 0x30
+    assert l1_vmm.tdcall(enter, rcx=vm, rdx=DATA).rax == Status.TDX_PENDING_INTERRUPT
+    l1_vmm.vp.vmcs.pop(vmcs.GUEST_INTERRUPT_STATUS)
+    with pytest.raises(UsageError, match="L2 VMs do not run"):
+        l1_vmm.tdcall(enter, rcx=vm, rdx=DATA)
+
+
+def test_the_debugger_can_stop_before_an_l2_vm_is_entered(l1_vmm: GuestMachine) -> None:
+    l1_vmm.vp.fields["L2_VAPIC_GPA", 1] = DATA
+    l1_vmm.vp.fields["L2_DEBUG_CTLS", 1] = 1
+    seen = l1_vmm.tdcall_out(GuestLeaf.TDG_VP_ENTER, rcx=1 << 52, rdx=DATA)
+    assert seen.rax == Status.TDX_TD_EXIT_BEFORE_L2_ENTRY
+
+
+def test_a_list_of_addresses_to_invalidate(l1_vmm: GuestMachine) -> None:
+    invvpid, rcx = GuestLeaf.TDG_VP_INVVPID, 1 << 52 | 1
+    l1_vmm.write(DATA, b"".join(entry.to_bytes(8, "little") for entry in (0x1000, 0xFFFF_8000_0000_0003, 1 << 60)))
+    assert l1_vmm.tdcall(invvpid, rcx=rcx, rdx=2 << 52 | DATA).rdx == DATA | 2
+    beyond = l1_vmm.tdcall(invvpid, rcx=rcx, rdx=3 << 52 | DATA)
+    assert beyond.rax == Status.TDX_GLA_NOT_CANONICAL
+    too_many = l1_vmm.tdcall(invvpid, rcx=rcx, rdx=512 << 52 | DATA | 1)
+    assert too_many.rax == with_operand(INVALID, Operand.RDX)
+    l1_vmm.module.hardware.msrs[0, IA32_INTR_PENDING] = 1
+    interrupted = l1_vmm.tdcall(invvpid, rcx=rcx, rdx=2 << 52 | DATA)
+    assert (interrupted.rax, interrupted.rdx) == (invvpid, 1 << 52 | DATA | 1)

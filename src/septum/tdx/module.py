@@ -68,9 +68,7 @@ class Module(Fixed):
     MSRs from.
     """
 
-    def __init__(
-        self, platform: Platform, cpu: CpuModel | None = None, features: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, platform: Platform, cpu: CpuModel | None = None, features: frozenset[str] = frozenset()) -> None:
         """``features`` are what newer modules have and 1.5.01 has not: ``vp_init_v1`` (TDH.VP.INIT version 1)."""
         self.platform = platform
         self.versioned = VERSIONED | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())

@@ -48,6 +48,7 @@ _BASIC: Final = VM_ENTRY_FAILED | 0xFFFF
 _VCPU_AFTER: Final = {
     Status.TDX_SUCCESS: (VcpuState.READY, LastExit.ASYNC_FAULT),
     Status.TDX_CROSS_TD_FAULT: (VcpuState.READY, LastExit.ASYNC_FAULT),
+    Status.TDX_TD_EXIT_BEFORE_L2_ENTRY: (VcpuState.READY, LastExit.ASYNC_FAULT),
     Status.TDX_CROSS_TD_TRAP: (VcpuState.READY, LastExit.ASYNC_TRAP),
     Status.TDX_HOST_PRIORITY_BUSY_TIMEOUT: (VcpuState.READY, LastExit.ASYNC_TRAP),
     Status.TDX_NON_RECOVERABLE_VCPU: (VcpuState.DISABLED, None),
