@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from septum.cli.conform import conform
+from septum.cli.contention import contention
 from septum.cli.explore import explore
 from septum.cli.list_ import list_
 from septum.cli.measure import measure
@@ -19,6 +20,7 @@ from septum.cli.status import status
 COMMANDS: dict[str, Callable[..., int]] = {
     "measure": measure,
     "conform": conform,
+    "contention": contention,
     "run": run,
     "explore": explore,
     "replay": replay,

@@ -106,8 +106,8 @@ class Journal:
         self.world.dress(None)
 
     def resume(self) -> None:
-        """Logs again after an exploration, which leaves the state as it was but not the log in force."""
-        Tracking.log = self._log
+        """Logs again after an exploration, or when another journal has been in force meanwhile."""
+        Tracking.world, Tracking.log = self.world, self._log
         self.world.dress(logging_twin)
 
 

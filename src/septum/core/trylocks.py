@@ -91,7 +91,7 @@ class TryLock(ABC):
         taken = await self._attempt(mode, guest)
         emit("lock", f"{'+' if taken is Taken.YES else '!'}{self}", mode=mode, taken=taken)
         if level >= PRIMITIVES:
-            await switch(Step("acquired", self))
+            await switch(Step("acquired" if taken is Taken.YES else "found busy", self))
         return taken
 
     async def release(self, mode: Mode) -> None:
@@ -112,7 +112,7 @@ class TryLock(ABC):
         if ctx.level:
             emit("lock", f"{'^' if taken is Taken.YES else '!'}{self}", mode=Mode.EXCLUSIVE, taken=taken)
             if ctx.level >= PRIMITIVES:
-                await switch(Step("promoted", self))
+                await switch(Step("acquired" if taken is Taken.YES else "found busy", self))
         return taken
 
     async def _promote(self) -> Taken:

@@ -142,17 +142,17 @@ class Runner:
         return self._enter(file, Sequence(state, state, sequence.line))
 
     def machine_on_the_way(self, state: str, leaf: str | None) -> Machine:
-        """As :meth:`machine_at`, but, when ``leaf`` is given, just after the last call of that leaf on the way there.
+        """As :meth:`machine_at`, but, when ``leaf`` is given, just before the first call of that leaf on the way there.
 
         :raises UsageError: when there is no such state, or no such call on its way.
         """
         if leaf is None:
             return self.machine_at(state)
         file, sequence = self._start(state)
-        calls = [number for number, event in enumerate(sequence.events, 1) if event.name == leaf]
-        if not calls:
+        first = next((number for number, event in enumerate(sequence.events) if event.name == leaf), None)
+        if first is None:
             raise UsageError(f"{self.folder}: start state {state!r} is reached without {leaf}; give another folder")
-        part = Sequence(f"{state} after {leaf}", sequence.start, sequence.line, sequence.events[: calls[-1]])
+        part = Sequence(f"{state} before {leaf}", sequence.start, sequence.line, sequence.events[:first])
         if self._starts is not None:
             self._starts[part.name] = (file, part)
         return self.machine_at(part.name)
@@ -162,6 +162,7 @@ class Runner:
         if self._machine is None:
             self._machine = Machine(Platform.from_vector_header(file.header))
             self._reached = [(POWER_ON, self._machine.journal.mark())]
+        self._machine.journal.resume()
         machine, reached = self._machine, self._reached
         way = self._way(file, sequence)
         common = sum(1 for _ in _while_equal(way, [name for name, _ in reached]))
