@@ -45,6 +45,23 @@ def test_a_retry_loop_closes() -> None:
     assert stopped(count, 1) != stopped(count, 2)
 
 
+def test_exceptions_that_others_have_handled_do_not_count() -> None:
+    caught: list[bool] = []
+
+    def look() -> None:
+        if not caught:
+            try:
+                raise KeyError
+            except KeyError:
+                caught.append(True)
+
+    async def body() -> None:
+        look()
+        await pause()
+
+    assert stopped(body) == stopped(body)
+
+
 def test_counters_and_iterators_count() -> None:
     async def counted() -> None:
         for _ in range(3):

@@ -75,6 +75,9 @@ def _frame(body: Any, frame: types.FrameType, inner: Any, seen: set[int]) -> tup
     bound = sum(name in values for name in code.co_varnames) + len(code.co_cellvars) + len(code.co_freevars)
     overlap = len(set(code.co_varnames) & set(code.co_cellvars))
     stack = referents[start + bound - overlap :]
+    if stack and stack[-1] is None:
+        # Not on the stack: what a coroutine keeps of an exception that something it called has handled.
+        stack.pop()
     return (code, frame.f_lasti, named, tuple(freeze(value, seen) for value in stack if value is not inner))
 
 
