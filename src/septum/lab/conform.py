@@ -68,12 +68,16 @@ class Difference:
 
 @dataclass(slots=True)
 class Report:
-    """What a run over vectors found. ``notes``: start states that were not reached as recorded, and other caveats."""
+    """What a run over vectors found. ``notes``: start states that were not reached as recorded, and other caveats.
+
+    ``statuses`` are the recorded answers of each interface function, in the order in which they came up.
+    """
 
     events: int = 0
     passed: int = 0
     by_leaf: dict[str, Tally] = field(default_factory=dict)
     by_status: dict[str, Tally] = field(default_factory=dict)
+    statuses: dict[str, list[str]] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -84,6 +88,9 @@ class Report:
         self.passed += passed
         self.by_leaf.setdefault(leaf, Tally()).add(1, passed)
         self.by_status.setdefault(answer, Tally()).add(1, passed)
+        seen = self.statuses.setdefault(leaf, [])
+        if answer not in seen:
+            seen.append(answer)
 
     def merge(self, other: Report, keep: int) -> None:
         """Adds another report, up to ``keep`` differences in all."""
@@ -92,6 +99,9 @@ class Report:
         for mine, theirs in ((self.by_leaf, other.by_leaf), (self.by_status, other.by_status)):
             for name, tally in theirs.items():
                 mine.setdefault(name, Tally()).add(tally.events, tally.passed)
+        for leaf, answers in other.statuses.items():
+            seen = self.statuses.setdefault(leaf, [])
+            seen += [answer for answer in answers if answer not in seen]
         self.differences = (self.differences + other.differences)[:keep]
         self.notes += other.notes
         self.interrupted |= other.interrupted

@@ -9,6 +9,8 @@ and leaked lock words included.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,11 +21,12 @@ from septum.arch import sept
 from septum.arch.errors import UsageError
 from septum.arch.exits import ExitReason
 from septum.arch.leaves import HostLeaf, guest_leaf, host_leaf
-from septum.arch.pages import PAGE_MASK, level_index, page_info
+from septum.arch.pages import PAGE_MASK, SIZE_NAMES, Level, level_index, level_size, page_info
 from septum.arch.status import is_busy
 from septum.core.explore import Explorer
 from septum.core.run import solo_call
 from septum.core.steps import ATOMICS, FINE, PRIMITIVES, Program, Task, step
+from septum.core.trylocks import SharexHp
 from septum.lab.conform import Runner
 from septum.lab.playback import Machine, in_64_bit_mode
 from septum.lab.vectors import open_text
@@ -264,8 +267,33 @@ def _rdmd(module: Module, pa: int) -> list[str]:
     return [hex(value) for value in (regs.rax, regs.rcx, regs.rdx, regs.r8, regs.r9, regs.r10)]
 
 
-def _locks(module: Module) -> dict[str, Any]:
-    return {}
+def _locks(module: Module) -> dict[str, list[str]]:
+    """Lock words that do not fit their holders (``leak``), and those with the priority bit (``hp_set``), by kind."""
+    held: Counter[Any] = Counter()
+    for lp in module.lps:
+        if lp.running:
+            owner = module.pamt_entry(lp.running).owner
+            held.update([lp.running, owner])
+            held.update(lp.running & -level_size(level) & PAGE_MASK | level for level in (Level.PD, Level.PDPT))
+    leak, hp_set = [], []
+    for key, word in sorted(dict.items(module.locks), key=str):
+        kind = f"PAMT_{SIZE_NAMES[key & 7]}" if isinstance(key, int) else "PHYS"
+        if word & SharexHp.HP:
+            hp_set.append(kind)
+        if word & ~SharexHp.HP != held[key] * SharexHp.READER:
+            leak.append(f"{kind} {word:#x}")
+    return {"leak": sorted(leak), "hp_set": sorted(hp_set)}
+
+
+def _kinds(locks: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Recorded locks in the form of :func:`_locks`; bits in Secure EPT entries show in ``sept_raw``."""
+    leak = [f"{_kind(text)} {text.partition('word=')[2].partition(' ')[0]}" for text in locks["leak"]]
+    hp_set = [_kind(text) for text in locks["hp_set"] if not text.startswith("SEPT_ENTRY")]
+    return {"leak": sorted(leak), "hp_set": sorted(hp_set)}
+
+
+def _kind(text: str) -> str:
+    return re.split(r"[\[(]", text)[0]
 
 
 def _text(results: list[list[Any]], final: Mapping[str, Any]) -> str:
@@ -273,5 +301,7 @@ def _text(results: list[list[Any]], final: Mapping[str, Any]) -> str:
     calls = [[{k: v for k, v in call.items() if k not in ("status", "msg")} for call in calls] for calls in results]
     if "halt" in final:
         return json.dumps({"results": calls, "halt": True}, sort_keys=True)
-    kept = {k: v for k, v in final.items() if k != "locks" and not k.startswith("later_")}
+    kept = {k: v for k, v in final.items() if not k.startswith("later_")}
+    if "held_by_running_guest" in kept["locks"]:
+        kept["locks"] = _kinds(kept["locks"])
     return json.dumps({"results": calls, "final": kept}, sort_keys=True)
