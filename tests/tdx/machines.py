@@ -17,7 +17,7 @@ from septum.tdx.registers import Regs
 
 MIN_TDCX = 6
 VCPU_PAGES = 5
-"""Pages of a VCPU beside its TDVPR."""
+"""Pages of a VCPU beside its TDVPR; and three more for each L2 VM."""
 BUFFER = 0x10000
 """Where the host puts what the module is to read, in memory that is no TD's."""
 SOURCE = 0x20000
@@ -153,7 +153,7 @@ class Machine:
         """A VCPU with all its pages, initialised; the address of its TDVPR."""
         tdvpr = self.page()
         self.ok(HostLeaf.TDH_VP_CREATE, rcx=tdvpr, rdx=tdr)
-        for _ in range(VCPU_PAGES):
+        for _ in range(VCPU_PAGES + 3 * self.module.td(tdr).tdcs.num_l2_vms):
             self.ok(HostLeaf.TDH_VP_ADDCX, rcx=self.page(), rdx=tdvpr)
         self.ok(HostLeaf.TDH_VP_INIT, rcx=tdvpr)
         return tdvpr
