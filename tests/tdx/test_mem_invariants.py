@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from septum.arch import sept
@@ -25,13 +25,23 @@ LEAVES = [
     H.TDH_MEM_SEPT_REMOVE,
     H.TDH_MEM_SEPT_RD,
 ]
-PLACES = st.sampled_from([0, PAGE_4K, LARGE, LARGE + PAGE_4K, 2 * LARGE])
-LEVELS = st.sampled_from([Level.PT, Level.PD, Level.PD, Level.PDPT])
-CALLS = st.one_of(
-    st.tuples(st.sampled_from(LEAVES), PLACES, LEVELS),
-    st.tuples(st.just(H.TDH_MEM_TRACK), PLACES, LEVELS),
-    st.tuples(st.just(GuestLeaf.TDG_MEM_PAGE_ACCEPT), PLACES, LEVELS),
+PLACES = st.sampled_from(
+    [(0, Level.PT), (LARGE, Level.PD), (LARGE, Level.PD), (LARGE, Level.PT), (2 * LARGE, Level.PD), (0, Level.PDPT)]
 )
+CALLS = st.tuples(st.sampled_from([*LEAVES, "retire", "retire", GuestLeaf.TDG_MEM_PAGE_ACCEPT]), PLACES)
+"""``retire``: block and track, so that the next call may take something away."""
+TO_AND_FRO = [
+    H.TDH_MEM_PAGE_AUG,
+    "retire",
+    H.TDH_MEM_PAGE_DEMOTE,
+    "retire",
+    H.TDH_MEM_PAGE_PROMOTE,
+    "retire",
+    H.TDH_MEM_PAGE_REMOVE,
+    H.TDH_MEM_SEPT_ADD,
+    "retire",
+    H.TDH_MEM_SEPT_REMOVE,
+]
 CHILDREN = {PageType.REG, PageType.EPT, PageType.TDCX, PageType.TDVPR}
 
 
@@ -69,19 +79,21 @@ def check(machine: MemMachine) -> None:
     assert not any(sept.is_locked(value) for value in module.sept.values())
 
 
-@settings(max_examples=60)
-@given(st.lists(CALLS, max_size=25))
-def test_secure_ept_pamt_and_counter_agree(calls: list[tuple[HostLeaf | GuestLeaf, int, Level]]) -> None:
+@settings(max_examples=100)
+@example([(leaf, (LARGE, Level.PD)) for leaf in TO_AND_FRO])
+@given(st.lists(CALLS, max_size=30))
+def test_secure_ept_pamt_and_counter_agree(calls: list[tuple[HostLeaf | GuestLeaf | str, tuple[int, Level]]]) -> None:
     machine = MemMachine()
-    for leaf, gpa, level in calls:
-        if isinstance(leaf, GuestLeaf):
+    for call, (gpa, level) in calls:
+        if isinstance(call, GuestLeaf):
             machine.run()
-            if machine.guest_exit(leaf, gpa & -(PAGE_4K << 9 * level) | level) is None:
+            if machine.guest_exit(call, gpa | level) is None:
                 machine.leave()
-        elif leaf == H.TDH_MEM_TRACK:
+        elif isinstance(call, str):
+            machine.mem(H.TDH_MEM_RANGE_BLOCK, gpa, level)
             machine.track()
         else:
-            page = machine.huge_page() if leaf == H.TDH_MEM_PAGE_AUG and level == Level.PD else machine.page()
-            machine.mem(leaf, gpa & -(PAGE_4K << 9 * level), level, r8=page)
+            page = machine.huge_page() if (call, level) == (H.TDH_MEM_PAGE_AUG, Level.PD) else machine.page()
+            machine.mem(call, gpa, level, r8=page)
         check(machine)
     assert not machine.module.locks
