@@ -12,6 +12,8 @@ from typing import Any, Final
 RUN, BUILD = 0x40000000, 0x40060000
 VCPUS: Final = (0x40007000, 0x4000D000)
 """TDVPRs of the two VCPUs of TD ``run`` that are associated with LP 0 and LP 1."""
+FREE_PAGE: Final = 0x40028000
+"""A 4 KiB page that belongs to nobody; so do the ones after it."""
 _OP_STATE_FIELD: Final = 0x1110000300000000
 _HP_TIMEOUT_FIELD: Final = 0x9110000300000011
 _VCPU_FIELD: Final = 0x1010000300000000
@@ -19,13 +21,13 @@ _VCPU_FIELD: Final = 0x1010000300000000
 #: By TD, and by name: leaf and registers. Names are the leaf's without its first word, and what it acts on.
 OPERATIONS: Final[Mapping[str, Mapping[str, tuple[str, Mapping[str, int]]]]] = {
     "run": {
-        "PAGE.AUG/4K": ("TDH.MEM.PAGE.AUG", {"rcx": 0x3000, "rdx": RUN, "r8": 0x40028000}),
+        "PAGE.AUG/4K": ("TDH.MEM.PAGE.AUG", {"rcx": 0x3000, "rdx": RUN, "r8": FREE_PAGE}),
         "PAGE.AUG/2M": ("TDH.MEM.PAGE.AUG", {"rcx": 0x40800001, "rdx": RUN, "r8": 0x51000000}),
         "PAGE.REMOVE/4K": ("TDH.MEM.PAGE.REMOVE", {"rcx": 0x1000, "rdx": RUN}),
         "PAGE.REMOVE/2M": ("TDH.MEM.PAGE.REMOVE", {"rcx": 0x40200001, "rdx": RUN}),
-        "PAGE.RELOCATE": ("TDH.MEM.PAGE.RELOCATE", {"rcx": 0x1000, "rdx": RUN, "r8": 0x40028000}),
-        "PAGE.DEMOTE": ("TDH.MEM.PAGE.DEMOTE", {"rcx": 0x40200001, "rdx": RUN, "r8": 0x40028000}),
-        "SEPT.ADD": ("TDH.MEM.SEPT.ADD", {"rcx": 0x40800001, "rdx": RUN, "r8": 0x40028000}),
+        "PAGE.RELOCATE": ("TDH.MEM.PAGE.RELOCATE", {"rcx": 0x1000, "rdx": RUN, "r8": FREE_PAGE}),
+        "PAGE.DEMOTE": ("TDH.MEM.PAGE.DEMOTE", {"rcx": 0x40200001, "rdx": RUN, "r8": FREE_PAGE}),
+        "SEPT.ADD": ("TDH.MEM.SEPT.ADD", {"rcx": 0x40800001, "rdx": RUN, "r8": FREE_PAGE}),
         "SEPT.RD": ("TDH.MEM.SEPT.RD", {"rcx": 0x0, "rdx": RUN}),
         "SEPT.REMOVE": ("TDH.MEM.SEPT.REMOVE", {"rcx": 0x40600001, "rdx": RUN}),
         "RANGE.BLOCK/4K": ("TDH.MEM.RANGE.BLOCK", {"rcx": 0x0, "rdx": RUN}),

@@ -67,10 +67,10 @@ class Scenario:
     level: int = CALLS
 
     def setting(self, values: Mapping[str, Value]) -> Setting:
-        """Builds the scenario in a world of its own."""
-        world = Tracking.world = World()
+        """Builds the scenario in a world of its own (or in one that it brings)."""
+        Tracking.world = World()
         programs, invariants = self.build(**values)
-        return Setting(world, programs, invariants)
+        return Setting(Tracking.world, programs, invariants)
 
     def values(self, given: Iterable[str] = ()) -> dict[str, Value]:
         """All parameters, from ``NAME=VALUE`` texts and defaults.
@@ -91,7 +91,11 @@ class Scenario:
 
 
 #: Where the scenarios are: each module has ``SCENARIOS``.
-_MODULES: Final = ("septum.lab.scenarios.trylock", "septum.lab.scenarios.locking")
+_MODULES: Final = (
+    "septum.lab.scenarios.trylock",
+    "septum.lab.scenarios.locking",
+    "septum.lab.scenarios.seamcalls",
+)
 
 
 def scenarios() -> dict[str, Scenario]:
