@@ -9,7 +9,7 @@ from septum.arch import sept
 from septum.arch.leaves import GuestLeaf, HostLeaf
 from septum.arch.pages import PAGE_4K, Level
 from septum.arch.pamt import PageType
-from septum.tdx.call import table_entries
+from septum.tdx.secure_ept import table_entries
 from tests.tdx.mem_machine import LARGE, MemMachine
 
 H = HostLeaf

@@ -21,9 +21,10 @@ from septum.core.explore import Explorer
 from septum.core.run import solo_call
 from septum.core.steps import PRIMITIVES, Program, Task
 from septum.core.trylocks import Mode
-from septum.tdx.call import EntryLock, PamtLock
+from septum.tdx.call import PamtLock
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import Regs
+from septum.tdx.secure_ept import EntryLock
 from septum.tdx.vm_exit import VmExit
 from tests.tdx.guests import lock_trace
 from tests.tdx.machines import PARAMS, SOURCE

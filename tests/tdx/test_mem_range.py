@@ -12,7 +12,7 @@ from septum.arch.operands import Operand
 from septum.arch.pages import PAGE_4K, Level
 from septum.arch.sept import ARCH_STATE, SeptState
 from septum.arch.status import Status, with_operand
-from septum.tdx.call import is_tlb_tracked
+from septum.tdx.secure_ept import is_tlb_tracked
 from tests.tdx.guests import GuestMachine
 from tests.tdx.mem_machine import LARGE, SMALL, MemMachine
 

@@ -13,7 +13,8 @@ from septum.arch.pages import NULL_PA, PAGE_1G, Level
 from septum.arch.pamt import PageType
 from septum.arch.sept import ARCH_STATE, SeptState
 from septum.arch.status import Status, with_details, with_operand
-from septum.tdx.call import PAGE_NOT_USED, table_entries
+from septum.tdx.call import PAGE_NOT_USED
+from septum.tdx.secure_ept import table_entries
 from septum.tdx.state.hardware import IA32_INTR_PENDING
 from tests.tdx.machines import PARAMS
 from tests.tdx.mem_machine import DEBUG, LARGE, SMALL, MemMachine

@@ -14,13 +14,14 @@ from septum.arch.pages import PAGE_MASK, level_index
 from septum.arch.sept_l2 import L2State
 from septum.arch.status import Status, with_details
 from septum.core.steps import step
-from septum.tdx.call import root_level
 from septum.tdx.outcome import Fail, sanity
+from septum.tdx.secure_ept import root_level
 from septum.tdx.state.td import FIRST_L2_SEPT_ROOT_PAGE
 
 if TYPE_CHECKING:
-    from septum.tdx.call import Call, HostCall, SeptEntry
+    from septum.tdx.call import Call, HostCall
     from septum.tdx.module import Module
+    from septum.tdx.secure_ept import SeptEntry
     from septum.tdx.state.td import Td
 
 MAX_VMS: Final = 4

@@ -13,13 +13,13 @@ from septum.arch.exits import VM_ENTRY_FAILED, ExitReason
 from septum.arch.pages import PA_MASK, PAGE_4K, Level, gpa_width, is_shared_gpa
 from septum.arch.status import Status
 from septum.arch.structures import TdAttributes
-from septum.tdx.call import walk_sept
 from septum.tdx.events import inject_gp, inject_nmi, inject_pf, inject_ud, inject_ve, privilege_level
 from septum.tdx.guest.call import ExtendedExit, ept_violation, pending_exits_to_host
 from septum.tdx.guest.control_registers import cr_access, xsetbv
 from septum.tdx.guest.cpuid import cpuid
 from septum.tdx.guest.msr import rdmsr, wrmsr
 from septum.tdx.outcome import ModuleHalt, sanity
+from septum.tdx.secure_ept import walk_sept
 from septum.tdx.stepping import log_ept_violation
 from septum.tdx.vm_exit import TdExit, VmExit
 

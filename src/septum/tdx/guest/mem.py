@@ -17,7 +17,6 @@ from septum.arch.sept_l2 import L2State
 from septum.arch.status import Status, with_details
 from septum.core.trylocks import Mode
 from septum.tdx import sept_l2 as l2
-from septum.tdx.call import SeptEntry, decode_page_info, walk_sept, write_entry
 from septum.tdx.guest.call import (
     DATA_WRITE,
     ExtendedExit,
@@ -27,6 +26,7 @@ from septum.tdx.guest.call import (
     ept_violation,
 )
 from septum.tdx.outcome import Fail, check, sanity
+from septum.tdx.secure_ept import SeptEntry, decode_page_info, walk_sept, write_entry
 from septum.tdx.state.memory import ZERO_PAGE
 from septum.tdx.vm_exit import Interrupted
 

@@ -20,24 +20,26 @@ from septum.tdx.call import (
     EXCLUSIVE,
     HostCall,
     add_children,
-    check_entry_allows,
     check_shared_hpa,
-    check_tlb_tracked,
-    decode_page_info,
-    lock_entry,
     lock_free_page,
     lock_op_state,
     lock_owned_page,
     lock_td,
     lock_tdr,
     page_of,
-    return_entry,
     set_page_type,
-    walk_sept,
-    write_entry,
 )
 from septum.tdx.measurement import page_add_record
 from septum.tdx.outcome import Fail, check, sanity
+from septum.tdx.secure_ept import (
+    check_entry_allows,
+    check_tlb_tracked,
+    decode_page_info,
+    lock_entry,
+    return_entry,
+    walk_sept,
+    write_entry,
+)
 
 if TYPE_CHECKING:
     from septum.tdx.host import Handler

@@ -16,20 +16,17 @@ from septum.arch.operands import Operand
 from septum.arch.pages import Level
 from septum.arch.status import Status
 from septum.tdx import sept_l2 as l2
-from septum.tdx.call import (
-    EXCLUSIVE,
-    HostCall,
+from septum.tdx.call import EXCLUSIVE, HostCall, lock_td, owned_entry
+from septum.tdx.outcome import Fail, check
+from septum.tdx.secure_ept import (
     SeptEntry,
     check_entry_allows,
     check_tlb_tracked,
     lock_entry,
-    lock_td,
-    owned_entry,
     return_entry,
     root_level,
     write_entry,
 )
-from septum.tdx.outcome import Fail, check
 from septum.tdx.state.memory import PamtEntry
 
 if TYPE_CHECKING:

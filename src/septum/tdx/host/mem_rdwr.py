@@ -13,17 +13,9 @@ from septum.arch.operands import Operand
 from septum.arch.pages import Level, is_valid_gpa, level_size
 from septum.arch.pamt import PageType
 from septum.arch.status import Status
-from septum.tdx.call import (
-    SHARED,
-    HostCall,
-    check_entry_allows,
-    lock_op_state,
-    lock_page,
-    lock_sept_entry,
-    return_entry,
-    walk_sept,
-)
+from septum.tdx.call import SHARED, HostCall, lock_op_state, lock_page
 from septum.tdx.outcome import Fail, check
+from septum.tdx.secure_ept import check_entry_allows, lock_sept_entry, return_entry, walk_sept
 
 if TYPE_CHECKING:
     from septum.tdx.host import Handler

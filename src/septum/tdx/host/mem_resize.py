@@ -20,30 +20,32 @@ from septum.tdx import sept_l2 as l2
 from septum.tdx.call import (
     EXCLUSIVE,
     PAGE_NOT_USED,
-    EntryLock,
     HostCall,
     LockedPage,
     PamtLock,
-    SeptEntry,
     add_children,
-    check_entry_allows,
     check_no_interrupt,
-    check_tlb_tracked,
-    clear_table,
     decode_tdr_and_flag,
-    lock_entry,
     lock_free_page,
     lock_owned_page,
     lock_td,
     owned_entry,
     page_of,
-    return_entry,
     set_page_type,
-    table_entries,
-    write_entry,
 )
 from septum.tdx.held import HeldLocks
 from septum.tdx.outcome import Fail, check, sanity
+from septum.tdx.secure_ept import (
+    EntryLock,
+    SeptEntry,
+    check_entry_allows,
+    check_tlb_tracked,
+    clear_table,
+    lock_entry,
+    return_entry,
+    table_entries,
+    write_entry,
+)
 
 if TYPE_CHECKING:
     from septum.core.cells import SharedMap

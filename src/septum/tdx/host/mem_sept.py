@@ -21,24 +21,26 @@ from septum.tdx.call import (
     PAGE_NOT_USED,
     HostCall,
     LockedPage,
-    SeptEntry,
     add_children,
-    check_entry_allows,
-    check_tlb_tracked,
-    clear_table,
     decode_tdr_and_flag,
-    lock_entry,
     lock_free_page,
     lock_owned_page,
     lock_td,
     page_of,
+    set_page_type,
+)
+from septum.tdx.outcome import Fail, check
+from septum.tdx.secure_ept import (
+    SeptEntry,
+    check_entry_allows,
+    check_tlb_tracked,
+    clear_table,
+    lock_entry,
     return_entry,
     root_level,
-    set_page_type,
     table_entries,
     write_entry,
 )
-from septum.tdx.outcome import Fail, check
 
 if TYPE_CHECKING:
     from septum.tdx.host import Handler

@@ -13,9 +13,10 @@ from septum.arch.op_state import OpState
 from septum.arch.operands import Operand
 from septum.arch.pages import Level, is_valid_gpa, level_size
 from septum.arch.status import Status
-from septum.tdx.call import EXCLUSIVE, HostCall, lock_op_state, lock_tdr, return_entry, walk_sept
+from septum.tdx.call import EXCLUSIVE, HostCall, lock_op_state, lock_tdr
 from septum.tdx.measurement import CHUNK_SIZE, extend_record
 from septum.tdx.outcome import Fail, check
+from septum.tdx.secure_ept import return_entry, walk_sept
 from septum.tdx.servtd import Binding
 
 if TYPE_CHECKING:

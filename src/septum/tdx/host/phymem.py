@@ -21,12 +21,12 @@ from septum.tdx.call import (
     LockedPage,
     add_children,
     check_hpa,
-    clear_table,
     lock_page,
     set_page_type,
     walk_pamt,
 )
 from septum.tdx.outcome import check
+from septum.tdx.secure_ept import clear_table
 from septum.tdx.vcpu import lock_owner
 
 if TYPE_CHECKING:
