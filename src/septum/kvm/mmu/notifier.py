@@ -1,0 +1,40 @@
+"""What KVM does when the process's own memory goes: only mappings of shared memory depend on it.
+
+Source: Linux 6.16, ``virt/kvm/kvm_main.c``, ``kvm_mmu_notifier_*``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from septum.kvm.mmu.invalidate import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end, kvm_mmu_invalidate_range_add
+from septum.kvm.mmu.zap import GfnRange, Roots, kvm_flush_remote_tlbs, kvm_unmap_gfn_range
+
+if TYPE_CHECKING:
+    from septum.kvm.vm import Vm
+
+
+async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int) -> None:
+    """``kvm_mmu_notifier_invalidate_range_start``: pages of addresses from ``start`` up to ``end`` are about to go.
+
+    Takes ``mmu_lock`` and nothing else. Never touches private memory.
+    """
+    async with kvm.mmu_lock.write():
+        kvm_mmu_invalidate_begin(kvm)
+        flush = False
+        for slot in kvm.memslots:
+            low = max(start, slot.userspace_addr)
+            high = min(end, slot.userspace_addr + (slot.npages << 12))
+            if low < high:
+                first = slot.base_gfn + (low - slot.userspace_addr >> 12)
+                gfns = GfnRange(first, first + (high - low >> 12), Roots.DIRECT)
+                kvm_mmu_invalidate_range_add(kvm, gfns.start, gfns.end)
+                flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
+        if flush:
+            await kvm_flush_remote_tlbs(kvm)
+
+
+async def kvm_mmu_notifier_invalidate_range_end(kvm: Vm) -> None:
+    """``kvm_mmu_notifier_invalidate_range_end``: they are gone."""
+    async with kvm.mmu_lock.write():
+        kvm_mmu_invalidate_end(kvm)
