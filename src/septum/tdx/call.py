@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from septum.arch import op_state
 from septum.arch.op_state import Lifecycle
 from septum.arch.operands import Operand
-from septum.arch.pages import (
-    PAGE_MASK,
-    Level,
-    level_size,
-)
+from septum.arch.pages import PAGE_MASK, Level, level_size
 from septum.arch.pamt import PageType
 from septum.arch.status import Status
 from septum.core.steps import ATOMICS, ctx, step
