@@ -219,7 +219,10 @@ async def lock_op_state(call: HostCall, td: Td, mode: Mode | None = SHARED) -> N
     check_build_state(td)
     if mode is not None:
         await call.locks.take(td.op_state_lock, mode, Operand.OP_STATE)
-    check(td.tdcs.op_state in op_state.HOST_ALLOWED[call.leaf], Status.TDX_OP_STATE_INCORRECT)
+    if td.tdcs.op_state not in op_state.HOST_ALLOWED[call.leaf]:
+        if mode is not None:
+            await call.locks.release(td.op_state_lock)
+        raise Fail(Status.TDX_OP_STATE_INCORRECT)
 
 
 async def lock_td(call: HostCall, pa: int, operand: Operand = Operand.RDX) -> Td:
