@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from septum.arch.cpuid import CpuModel
 from septum.kvm.abi import Cpuid2, CpuidEntry2, TdxCapabilities, TdxInitMemRegion, TdxInitVm, unpack_cpuid2
+
+from septum.kvm.sysinfo import GUEST_PHYS_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +56,19 @@ class Capabilities:
         entries = unpack_cpuid2(data, TdxCapabilities.offset_of("cpuid"))
         return cls(caps.supported_attrs, caps.supported_xfam, caps.user_tdvmcallinfo_1_r11, entries)
 
-    def choose(self, *, gpa_width: int = 52) -> InitVm:
-        """A TD with all features that can be had, as QEMU asks for by default."""
-        width = 0xFF << 16
-        cpuid = (e if e.function != 0x8000_0008 else _with_eax(e, e.eax & ~width | gpa_width << 16) for e in self.cpuid)
-        return InitVm(self.supported_attrs, self.supported_xfam, tuple(cpuid))
+    def choose(self, cpu: CpuModel, *, gpa_width: int = 52) -> InitVm:
+        """A TD with everything that can be had on a CPU, as QEMU asks for by default (``-cpu host``)."""
+        return InitVm(self.supported_attrs, self.supported_xfam, tuple(_native(cpu, e, gpa_width) for e in self.cpuid))
 
 
-def _with_eax(entry: CpuidEntry2, eax: int) -> CpuidEntry2:
-    return CpuidEntry2(entry.function, entry.index, entry.flags, eax, entry.ebx, entry.ecx, entry.edx)
+def _native(cpu: CpuModel, bits: CpuidEntry2, gpa_width: int) -> CpuidEntry2:
+    """The CPU's own values, as far as they may be chosen."""
+    eax, ebx, ecx, edx = cpu.cpuid(bits.function, bits.index)
+    if bits.function == 0x8000_0008:
+        eax = eax & ~GUEST_PHYS_BITS | gpa_width << 16
+    return CpuidEntry2(
+        bits.function, bits.index, bits.flags, eax & bits.eax, ebx & bits.ebx, ecx & bits.ecx, edx & bits.edx
+    )
 
 
 class Region:

@@ -132,12 +132,8 @@ async def vcpu_block(vcpu: Vcpu) -> int:
 async def kvm_vcpu_block(vcpu: Vcpu) -> None:
     """``kvm_vcpu_block``: until somebody wakes the vCPU, an event is there, or a signal."""
     vcpu.blocking = True
-    host = vcpu.kvm.host
-
-    def wakes() -> bool:
-        return vcpu.woken or kvm_arch_vcpu_runnable(vcpu) or signal_pending(host)
-
-    await wait_until(wakes, "be woken", vcpu)
+    signals, name = vcpu.kvm.host.signals, current_task().name
+    await wait_until(lambda: vcpu.woken or kvm_arch_vcpu_runnable(vcpu) or name in signals, "be woken", vcpu)
     vcpu.blocking = vcpu.woken = False
 
 
