@@ -70,8 +70,8 @@ def test_a_bound_service_td_reads_fields_and_writes_keys() -> None:
     assert xfam.rdx not in (XFAM, NULL_FIELD_ID)
     written, _ = bound.call(WRITE, rdx=MIG_DEC_KEY, r8=1234, r9=ALL)
     assert (written.rax, written.rdx, written.r8) == (Status.TDX_SUCCESS, MIG_DEC_KEY, 0)
-    assert bound.target.fields["MIG_DEC_KEY", 0] == 1234
-    assert bound.service.fields["MIG_DEC_KEY", 0] == 0
+    assert bound.target.tdcs.mig_dec_key[0] == 1234
+    assert bound.service.tdcs.mig_dec_key[0] == 0
     refused, _ = bound.call(WRITE, rdx=XFAM, r8=1, r9=1)
     assert refused.rax == Status.TDX_METADATA_FIELD_NOT_WRITABLE
     assert all(word & ~SharexHp.HP == 0 for key, word in _locks(bound) if "bindings" in str(key))
@@ -95,8 +95,7 @@ def test_the_caller_says_which_td_it_means() -> None:
     regs, _ = bound.call(READ, (1, 2, 3, 4), rdx=XFAM)
     assert regs.rax == Status.TDX_TARGET_UUID_MISMATCH
     # A TD that it was bound to before an import has a new UUID.
-    for word, value in enumerate((1, 2, 3, 4)):
-        bound.target.fields["PRE_IMPORT_UUID", word] = value
+    bound.target.tdcs.pre_import_uuid = (1, 2, 3, 4)
     regs, _ = bound.call(READ, (1, 2, 3, 4), rdx=XFAM)
     assert regs.rax == Status.TDX_TARGET_UUID_UPDATED
     assert (regs.r10, regs.r11, regs.r12, regs.r13) == bound.uuid

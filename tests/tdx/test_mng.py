@@ -62,7 +62,7 @@ def test_a_td_comes_to_life_step_by_step(machine: Machine) -> None:
         assert module.pamt_entry(page) == (PageType.TDCX, tdr, 0)
     assert [module.pa_format.address(pa) for pa in td.tdr.tdcx_pa[:MIN_TDCX]] == pages
     assert {module.pa_format.hkid(pa) for pa in td.tdr.tdcx_pa[:MIN_TDCX]} == {td.tdr.hkid}
-    assert any(td.fields["MIG_ENC_KEY", i] for i in range(4))
+    assert any(td.tdcs.mig_enc_key)
 
     assert machine.init_td(tdr).rax == Status.TDX_SUCCESS
     assert td.tdcs.op_state == OpState.INITIALIZED

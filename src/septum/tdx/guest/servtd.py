@@ -100,7 +100,7 @@ def _check_uuid(call: GuestCall, target: Td) -> None:
     meant = (regs.r10, regs.r11, regs.r12, regs.r13)
     if meant == uuid:
         return
-    before_import = tuple(target.fields["PRE_IMPORT_UUID", word] for word in range(4))
+    before_import = target.tdcs.pre_import_uuid
     check(meant == before_import, Status.TDX_TARGET_UUID_MISMATCH)
     regs.r10, regs.r11, regs.r12, regs.r13 = uuid
     raise Fail(Status.TDX_TARGET_UUID_UPDATED)

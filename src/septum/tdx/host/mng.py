@@ -26,6 +26,7 @@ from septum.tdx.call import (
     lock_tdr,
 )
 from septum.tdx.measurement import Sha384
+from septum.tdx.migration.streams import new_encryption_key
 from septum.tdx.outcome import Fail, ModuleHalt, check
 from septum.tdx.state.hardware import PconfigStatus
 from septum.tdx.state.memory import PamtEntry
@@ -111,7 +112,7 @@ async def tdh_mng_addcx(call: HostCall) -> int:
 
     _fill_tdcx(module, td, index, page.pa)
     if index + 1 == MIN_TDCS_PAGES:
-        _make_migration_key(module, td)
+        new_encryption_key(module, td)
     elif index >= MIN_TDCS_PAGES:
         check(td.tdcs.op_state in op_state.HOST_ALLOWED[call.leaf], Status.TDX_OP_STATE_INCORRECT)
 
@@ -131,14 +132,6 @@ def _fill_tdcx(module: Module, td: Td, index: int, pa: int) -> None:
         entries = module.sept if index == SEPT_ROOT_PAGE else module.sept_l2
         for entry in range(pa, pa + PAGE_4K, 8):
             entries.pop(entry, None)
-
-
-def _make_migration_key(module: Module, td: Td) -> None:
-    key = module.hardware.random_256()
-    if key is None:
-        raise Fail(Status.TDX_RND_NO_ENTROPY)
-    for element, word in enumerate(key):
-        td.fields.store(("MIG_ENC_KEY", element), word)
 
 
 async def tdh_mng_init(call: HostCall) -> int:

@@ -13,6 +13,7 @@ from septum.arch.structures import ConfigFlags
 from septum.core.steps import ATOMICS, ctx, step
 from septum.tdx.metadata import storage
 from septum.tdx.metadata.scope import Located, Scope
+from septum.tdx.migration.streams import new_encryption_key
 from septum.tdx.outcome import check
 
 U64 = (1 << 64) - 1
@@ -46,16 +47,9 @@ def read_td(scope: Scope, located: Located) -> int:
             ticks = min(storage.read(scope, element), U64 // USEC_PER_SECOND)
             return ticks * USEC_PER_SECOND // scope.module.platform.tsc_hz
         case "MIG_ENC_KEY" if element.number == 0 and scope.access is Access.SERVICE_TD:
-            _new_migration_key(scope)
+            # Each time a migration TD reads the first word, the key is made anew.
+            new_encryption_key(scope.module, scope.of_td)
     return storage.read(scope, element)
-
-
-def _new_migration_key(scope: Scope) -> None:
-    """Each time a migration TD reads the first word of MIG_ENC_KEY, the key is made anew."""
-    words = scope.module.hardware.random_256()
-    check(words is not None, Status.TDX_RND_NO_ENTROPY)
-    for number, word in enumerate(words or ()):
-        scope.of_td.fields.store(("MIG_ENC_KEY", number), word)
 
 
 async def write_td(scope: Scope, located: Located, value: int, mask: int) -> int:
@@ -84,7 +78,7 @@ async def write_td(scope: Scope, located: Located, value: int, mask: int) -> int
             changed = (new ^ old) & PENDING_VE_DISABLE
             check(flexible or not changed, Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
         case "MIG_DEC_KEY":
-            scope.of_td.fields.store(("MIG_DEC_KEY_SET", 0), 1)
+            scope.of_td.tdcs.mig_dec_key_set = True
         case "MIG_VERSION":
             check(new == MIGRATION_VERSION, Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
     if ctx.level >= ATOMICS:

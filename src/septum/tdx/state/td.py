@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from septum.core.cells import Fixed, Shared, SharedMap
 from septum.core.trylocks import Sharex, SharexHp, TryLock
+from septum.tdx.state.migsc import Stream
 
 MAX_TDCS_PAGES = 9
 MAX_L2_VMS = 3
@@ -100,6 +101,27 @@ class Tdcs(Shared):
     servtd_num: int = 0
     servtd_bindings_table: tuple[int, ...] = (0,) * 16
     """The one binding slot, as ``septum.tdx.servtd.Binding`` packs it."""
+    mig_dec_key_set: bool = False
+    """A migration TD has written MIG_DEC_KEY since the last session began."""
+    export_count: int = 0
+    import_count: int = 0
+    mig_epoch: int = 0
+    bw_epoch: int = 0
+    """TD_EPOCH when a page was last blocked for writing."""
+    total_mb_count: int = 0
+    mig_dec_key: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mig_dec_working_key: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mig_enc_key: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mig_enc_working_key: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mig_version: int = 0
+    mig_working_version: int = 0
+    dirty_count: int = 0
+    """Pages that were exported and may have been written since."""
+    mig_count: int = 0
+    """Pages that are in an exported state."""
+    num_migs: int = 0
+    num_migrated_vcpus: int = 0
+    pre_import_uuid: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 class Td(Fixed):
@@ -109,8 +131,8 @@ class Td(Fixed):
     """
 
     __slots__ = (
-        "epoch_lock", "fields", "op_state_lock", "pa", "rtmr_lock", "secure_ept_lock", "servtd_bindings_lock", "tdcs",
-        "tdr",
+        "_locks", "_streams", "epoch_lock", "fields", "mig_lock", "op_state_lock", "pa", "rtmr_lock", "secure_ept_lock",
+        "servtd_bindings_lock", "tdcs", "tdr",
     )  # fmt: skip
 
     def __init__(self, pa: int, locks: SharedMap[Any, int]) -> None:
@@ -123,6 +145,16 @@ class Td(Fixed):
         self.epoch_lock = Sharex(locks, ("epoch", pa), "TD_EPOCH")
         self.rtmr_lock = SharexHp(locks, ("rtmr", pa), "RTMR")
         self.servtd_bindings_lock = SharexHp(locks, ("servtd_bindings", pa), "SERVTD_BINDINGS")
+        self.mig_lock = Sharex(locks, ("mig", pa), "MIG")
+        self._locks = locks
+        self._streams: dict[int, Stream] = {}
+
+    def stream(self, index: int) -> Stream:
+        """Migration stream ``index``: 0 is the backward stream, forward stream n is n + 1."""
+        found = self._streams.get(index)
+        if found is None:
+            found = self._streams[index] = Stream(self.pa, index, self._locks)
+        return found
 
     def clear_locks(self) -> None:
         """The page that becomes the first TDCX is filled with zeros, the lock words in it too."""
@@ -132,6 +164,7 @@ class Td(Fixed):
             self.epoch_lock,
             self.rtmr_lock,
             self.servtd_bindings_lock,
+            self.mig_lock,
         )
         for lock in locks:
             lock.words.pop(lock.key, None)
