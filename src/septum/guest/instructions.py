@@ -48,7 +48,8 @@ class Fault(NamedTuple):
 class Progress(Shared):
     """Where a scripted guest is.
 
-    ``place`` is a number that the guest alone can read, ``result`` what its script returned, once ``finished``.
+    ``place`` is a number that the guest alone can read; ``result`` is what the script published or returned, once it
+    has (``finished``).
     """
 
     place: int = 0
@@ -189,8 +190,11 @@ class TripleFault(Instruction[None]):
         return VmExit(ExitReason.TRIPLE_FAULT)
 
 
-class Return(Instruction[None]):
-    """The script has come to its end with ``result``."""
+class Publish(Instruction[None]):
+    """Makes ``result`` known outside; None does not replace what is known already.
+
+    (No instruction of a CPU, but a script has no other way to tell.)
+    """
 
     __slots__ = ("progress", "result")
 
@@ -199,8 +203,9 @@ class Return(Instruction[None]):
         self.result = result
 
     async def execute(self, cpu: GuestCpu) -> None:
-        self.progress.result = self.result
-        self.progress.finished = True
+        if self.result is not None or not self.progress.finished:
+            self.progress.result = self.result
+            self.progress.finished = True
 
 
 def translate(cpu: GuestCpu, gpa: int, right: int) -> Translation:

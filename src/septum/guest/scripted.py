@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from septum.arch import vmcs
 from septum.core.cells import Fixed, Tracking
 from septum.core.locality import local_state
-from septum.guest.instructions import Begin, Fault, Instruction, Progress, Return, TripleFault
+from septum.guest.instructions import Begin, Fault, Instruction, Progress, Publish, TripleFault
 from septum.guest.vcpu import GuestFault, Vcpu
 from septum.kvm.guest_protocol import external_interrupt
 from septum.tdx.vm_exit import VmExit
@@ -50,12 +50,12 @@ class ScriptedGuest(Fixed):
 
     @property
     def finished(self) -> bool:
-        """Whether the script has returned."""
+        """Whether the script has published a result, or returned."""
         return self.progress.finished
 
     @property
     def result(self) -> Any:
-        """What the script returned."""
+        """What the script published or returned last."""
         return self.progress.result
 
     async def run(self, cpu: GuestCpu) -> VmExit:
@@ -92,13 +92,13 @@ class ScriptedGuest(Fixed):
     async def _life(self) -> None:
         """The script, and what comes before and after it."""
         start = await Begin()
-        vcpu = Vcpu(start)
+        vcpu = Vcpu(start, self.progress)
         try:
             result = await self._script(vcpu)
         except GuestFault:
             while True:
                 await TripleFault()
-        await Return(self.progress, result)
+        await Publish(self.progress, result)
         while True:
             await vcpu.halt()
 

@@ -27,6 +27,8 @@ from septum.guest.instructions import (
     Fault,
     Idle,
     Instruction,
+    Progress,
+    Publish,
     TakeInterrupts,
     Tdcall,
     WaitFor,
@@ -49,6 +51,7 @@ _MASK_BIT: Final = {name: 1 << (i if i < _RSP else i + 1) for i, name in enumera
 _STANDARD_MASK: Final = sum(_MASK_BIT[name] for name in ("r10", "r11", "r12", "r13", "r14", "r15"))
 _MESSAGE_REGISTERS: Final = ("r14", "r15", "rbx", "rdi", "rsi", "r8", "r9", "rdx")
 _IO_WRITE: Final = 1
+_TRY_AGAIN: Final = (Status.TDX_OPERAND_BUSY, Status.TDX_OPERAND_BUSY_HOST_PRIORITY)
 _MAP_GPA_STUCK: Final = 3
 """So often MapGPA may ask to be called again without having come further (Linux: ``max_retries_per_page``)."""
 
@@ -87,14 +90,17 @@ VeHandler = Callable[["Vcpu", VeInfo], Coroutine[Any, Any, None]]
 async def accept_on_ve(vcpu: Vcpu, info: VeInfo) -> None:
     """The handler that a VCPU has at first: accepts the page that was touched, so that the access can be made again.
 
+    When somebody else is busy with the page nothing is done; then the access brings another #VE, or not.
+
     :raises GuestFault: when it was something else than an access to a private page.
     """
     if info.exit_reason != ExitReason.EPT_VIOLATION or info.gpa & vcpu.shared_bit:
         raise GuestFault(vmcs.VECTOR_VE, why=f"{exit_reason_name(info.exit_reason)} at {info.gpa:#x}")
-    status = await vcpu.accept_page(info.gpa & -PAGE_4K)
-    if status & CODE == Status.TDX_PAGE_SIZE_MISMATCH:
-        status = await vcpu.accept_page(info.gpa & -PAGE_2M, Level.PD)
-    if status & CODE not in (Status.TDX_SUCCESS, Status.TDX_PAGE_ALREADY_ACCEPTED):
+    # Larger first: a page of 2 MiB cannot be accepted in parts, and one of 4 KiB is told apart without a TD exit.
+    status = await vcpu.accept_page(info.gpa & -PAGE_2M, Level.PD)
+    if status & CODE in (Status.TDX_PAGE_SIZE_MISMATCH, *_TRY_AGAIN):
+        status = await vcpu.accept_page(info.gpa & -PAGE_4K)
+    if status & CODE not in (Status.TDX_SUCCESS, Status.TDX_PAGE_ALREADY_ACCEPTED, *_TRY_AGAIN):
         raise GuestFault(vmcs.VECTOR_VE, why=f"page {info.gpa:#x}: {status_name(status)}")
 
 
@@ -103,10 +109,11 @@ class Vcpu:
     address of the list of memory that the host gave it (0: none).
     """
 
-    __slots__ = ("hob", "index", "on_ve", "shared_bit")
+    __slots__ = ("_progress", "hob", "index", "on_ve", "shared_bit")
 
-    def __init__(self, start: tuple[int, ...]) -> None:
+    def __init__(self, start: tuple[int, ...], progress: Progress) -> None:
         """:param start: the registers that the VCPU began with."""
+        self._progress = progress
         regs = Regs.from_tuple(start)
         self.index = regs.rsi & 0xFFFF_FFFF
         self.shared_bit = 1 << (regs.rbx & 0x3F) - 1
@@ -164,6 +171,10 @@ class Vcpu:
         """Spins until memory has this content."""
         await self._complete(WaitFor(gpa, content))
 
+    async def publish(self, result: Any) -> None:
+        """Makes a result known outside, for a script that does not come to return it."""
+        await self._complete(Publish(self._progress, result))
+
     async def interrupts(self) -> tuple[int, ...]:
         """Takes the interrupts that were posted since the last time."""
         return await self._complete(TakeInterrupts())
@@ -180,10 +191,10 @@ class Vcpu:
         return (await self._complete(Tdcall(gprs)))[0]
 
     async def accept(self, start: int, end: int) -> tuple[int, int]:
-        """Accepts all pages from ``start`` to ``end`` as the host maps them, 2 MiB at a time where it can be.
+        """Accepts all pages from ``start`` to ``end``, 2 MiB at a time where that succeeds, else 4 KiB (as Linux does).
 
-        What is accepted already is passed over; a page that the host is busy with is tried again. Returns how many
-        pages of 4 KiB and how many of 2 MiB were accepted.
+        What is accepted already is passed over; a page of 4 KiB that the host is busy with is tried again. Returns how
+        many pages of 4 KiB and how many of 2 MiB were accepted.
 
         :raises GuestFault: when a page cannot be accepted: a guest must not go on without knowing its memory.
         """
@@ -196,12 +207,12 @@ class Vcpu:
             code = status & CODE
             if code == Status.TDX_SUCCESS:
                 accepted[level] += 1
-            elif code == Status.TDX_PAGE_SIZE_MISMATCH and large:
-                small_until = start + PAGE_2M
-                continue
-            elif code in (Status.TDX_OPERAND_BUSY, Status.TDX_OPERAND_BUSY_HOST_PRIORITY):
-                continue
             elif code != Status.TDX_PAGE_ALREADY_ACCEPTED:
+                if large:
+                    small_until = start + PAGE_2M
+                    continue
+                if code in _TRY_AGAIN:
+                    continue
                 raise GuestFault(vmcs.VECTOR_GP, why=f"page {start:#x}: {status_name(status)}")
             start += PAGE_2M if large else PAGE_4K
         return accepted[0], accepted[1]
