@@ -8,6 +8,7 @@ import pytest
 
 from septum.arch import sept
 from septum.arch.leaves import HostLeaf
+from septum.arch.op_state import OpState
 from septum.arch.operands import Operand
 from septum.arch.pages import PAGE_2M, PAGE_4K, Level, page_info
 from septum.arch.pamt import PageType
@@ -169,6 +170,17 @@ def test_remove_of_nothing(machine: MemMachine) -> None:
     regs = machine.mem(H.TDH_MEM_PAGE_REMOVE, SMALL)
     assert regs.rax == failure(Status.TDX_EPT_ENTRY_STATE_INCORRECT, Operand.RCX)
     assert (regs.rcx, regs.rdx) == (sept.SVE, FREE)
+
+
+def test_removal_during_an_import_leaves_the_epoch(machine: MemMachine) -> None:
+    page = machine.aug(SMALL)
+    tdcs = machine.of_td.tdcs
+    tdcs.op_state, tdcs.mig_epoch = OpState.POST_IMPORT, 7
+    machine.do(H.TDH_MEM_PAGE_REMOVE, SMALL)
+    entry = next(value for value in machine.module.sept.values() if value & sept.STATE_MASK == SeptState.REMOVED)
+    assert entry == sept.removed_entry(7)
+    tdcs.op_state = OpState.RUNNABLE
+    machine.do(H.TDH_MEM_PAGE_AUG, SMALL, r8=page)
 
 
 def test_relocate_moves_content_and_unblocks(building: MemMachine) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from septum.arch import sept, sept_l2
 from septum.arch.leaves import HostLeaf
+from septum.arch.op_state import IMPORT_IN_PROGRESS
 from septum.arch.operands import Operand
 from septum.arch.pages import PA_MASK, PAGE_4K, PAGE_MASK, Level, is_valid_gpa
 from septum.arch.pamt import PageType
@@ -101,7 +102,8 @@ async def tdh_mem_page_remove(call: HostCall) -> int:
     """TDH.MEM.PAGE.REMOVE: takes a page away from a TD; returns its address in RCX.
 
     RCX: GPA and level. RDX: TDR. While VCPUs may run, the page must be blocked and TLBs tracked. On an error that
-    concerns the entry RCX and RDX tell it.
+    concerns the entry RCX and RDX tell it. While the TD is imported, the entry keeps the migration epoch of the
+    removal, so that no older content comes back.
     """
     regs = call.regs
     gpa_and_level, tdr_pa = regs.rcx, regs.rdx
@@ -116,7 +118,8 @@ async def tdh_mem_page_remove(call: HostCall) -> int:
 
     for alias in l2.aliases(call, td, entry, mapped):
         await l2.write(call, alias, L2State.FREE)
-    await write_entry(call, entry, sept.FREE_ENTRY)
+    importing = td.tdcs.op_state in IMPORT_IN_PROGRESS
+    await write_entry(call, entry, sept.removed_entry(td.tdcs.mig_epoch) if importing else sept.FREE_ENTRY)
     await add_children(td, -(1 << 9 * entry.level))
     set_page_type(call, key, PageType.NDA)
     regs.rcx = page_pa
