@@ -24,6 +24,7 @@ LONG_MODE_EFER: Final = 0xD01
 LONG_MODE_CS: Final = 1 << 13
 DEFAULT_SIZE_CS: Final = 1 << 14
 NMI_WINDOW_EXITING: Final = 1 << 22
+_ALL_ZERO: Final = dict.fromkeys(GPR_NAMES, 0)
 
 
 class Different(Exception):
@@ -130,7 +131,7 @@ def _check_outcome(module: Module, lp: int, regs: Regs | None, expected: Outcome
     else:
         assert regs is not None
         _check_same_state(expected, {"state": "host", "rax": show("rax", regs.rax)})
-        compare({**before, **expected.gprs}, regs.values())
+        compare({**_ALL_ZERO, **before, **expected.gprs}, regs.values())
 
 
 def _check_same_state(expected: Outcome, actual: dict[str, str]) -> None:

@@ -159,7 +159,16 @@ class Module(Fixed):
 
     def is_2m_range_free(self, pa: int) -> bool:
         """``pamt_is_2mb_range_free``: all 512 entries of 4 KiB are free."""
-        return all(self.pamt_entry(page).page_type == PageType.NDA for page in range(pa, pa + PAGE_2M, PAGE_4K))
+        pages = range(pa, pa + PAGE_2M, PAGE_4K)
+        if self._has_reserved(pa, PAGE_2M):
+            return all(self.pamt_entry(page).page_type == PageType.NDA for page in pages)
+        entries = map(self.pamt.get, pages)
+        return all(entry is None or entry.page_type == PageType.NDA for entry in entries)
+
+    def _has_reserved(self, pa: int, size: int) -> bool:
+        """Whether a part of a range lies in a reserved area of its TDMR."""
+        tdmr = self.tdmr_of(pa)
+        return tdmr is not None and any(overlaps(pa - tdmr.base, size, *area) for area in tdmr.reserved)
 
     # -- the call --------------------------------------------------------------------------------------------------
 

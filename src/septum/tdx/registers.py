@@ -65,7 +65,7 @@ class Regs:
 
     def values(self) -> dict[str, int]:
         """All registers by name."""
-        return {name: getattr(self, name) for name in GPR_NAMES}
+        return dict(zip(GPR_NAMES, self.to_tuple(), strict=True))
 
     def __repr__(self) -> str:
         return "Regs(" + ", ".join(f"{n}={v:#x}" for n, v in self.values().items() if v) + ")"
