@@ -14,6 +14,7 @@ from septum.core.steps import Program, Task, step, wait_until
 State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 #: An instruction: (operation, cell, operand).
 Instruction = tuple[str, int, int]
+WAITS = ("wait", "both", "either")
 
 
 class Cells(Shared):
@@ -51,16 +52,24 @@ class Machine(Fixed):
         return tuple(self.get(cell) for cell in range(4))
 
 
-def at_least(machine: Machine, cell: int, value: int) -> bool:
-    return machine.get(cell) >= value
+def may_go_on(read: Callable[[int], int], operation: str, cell: int, operand: int) -> bool:
+    """The guard of each wait; "both" and "either" look at a second cell only if they need to."""
+    match operation:
+        case "both":
+            return read(cell) >= operand and read((cell + 1) % 4) >= 1
+        case "either":
+            return read(cell) >= operand or read((cell + 1) % 4) >= 2
+        case "wait":
+            return read(cell) >= operand
+    return True
 
 
 async def interpret(machine: Machine, instructions: tuple[Instruction, ...]) -> int:
     """Runs a program; each instruction is one step."""
     register = 0
     for operation, cell, operand in instructions:
-        if operation == "wait":
-            await wait_until(partial(at_least, machine, cell, operand), "wait", cell)
+        if operation in WAITS:
+            await wait_until(partial(may_go_on, machine.get, operation, cell, operand), operation, cell)
             continue
         await step(operation, cell)
         match operation:
@@ -98,7 +107,7 @@ def brute_force(texts: tuple[tuple[Instruction, ...], ...]) -> tuple[set[Any], s
             if place == len(texts[i]):
                 continue
             operation, cell, operand = texts[i][place]
-            if operation == "wait" and cells[cell] < operand:
+            if not may_go_on(cells.__getitem__, operation, cell, operand):
                 continue
             after, value = register, cells[cell]
             if operation == "load":

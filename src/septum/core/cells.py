@@ -62,6 +62,16 @@ class World(Fixed):
             object.__setattr__(obj, "__class__", self._dress(type(obj)))
         return name if not seen else f"{name}#{seen}"
 
+    def mark(self) -> tuple[int, dict[str, int]]:
+        """Which objects there are now."""
+        return len(self.objects), dict(self._names)
+
+    def forget(self, mark: tuple[int, dict[str, int]]) -> None:
+        """Drops the objects made since ``mark``: made again, they get the same names."""
+        count, names = mark
+        del self.objects[count:]
+        self._names = dict(names)
+
     def track(self, recorder: Recorder | None) -> None:
         """Turns tracking on (with a recorder) or off (with ``None``) for every object of the world."""
         self.recorder = recorder
