@@ -19,17 +19,15 @@ for ever need the state explorer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from septum.core.automata import Invariant, Observer
-from septum.core.cells import World, poke
+from septum.core.cells import World
 from septum.core.run import deadlock_message
-from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx
-
-#: A cell by names: objects made during a run are others in the next one, their names are not.
-_Cell = tuple[str, Any]
+from septum.core.steps import CALLS, SOLO, Program, Violation, ctx
+from septum.core.watched import Accesses, AccessRecorder, CellName, WatchedRun
 
 
 @dataclass(slots=True)
@@ -64,44 +62,6 @@ class RunVerdict:
     outcomes: dict[Any, list[int]] = field(default_factory=dict)
 
 
-class _Accesses:
-    """What one step reads and writes."""
-
-    __slots__ = ("reads", "writes")
-
-    def __init__(self) -> None:
-        self.reads: set[_Cell] = set()
-        self.writes: set[_Cell] = set()
-
-    def conflicts(self, other: _Accesses) -> bool:
-        return not (
-            self.writes.isdisjoint(other.writes)
-            and self.writes.isdisjoint(other.reads)
-            and self.reads.isdisjoint(other.writes)
-        )
-
-
-class _Recording:
-    """The recorder of a run: notes accesses for whoever is at work, and what writes replace."""
-
-    def __init__(self) -> None:
-        self.at = _Accesses()
-        self.log: list[tuple[Any, Any, Any]] = []
-
-    def read(self, owner: Any, key: Any, value: Any) -> Any:
-        self.at.reads.add((owner.name, key))
-        return value
-
-    def write(self, owner: Any, key: Any, old: Any, new: Any) -> bool:
-        self.at.writes.add((owner.name, key))
-        self.log.append((owner, key, old))
-        return True
-
-    def undo(self) -> None:
-        while self.log:
-            poke(*self.log.pop())
-
-
 @dataclass(slots=True)
 class _Node:
     """A place in the present schedule: who could go on, who is to be tried, whose turn it was and what that did.
@@ -110,11 +70,11 @@ class _Node:
     """
 
     enabled: tuple[int, ...]
-    blocked: dict[int, set[_Cell]]
-    sleep: dict[int, _Accesses]
+    blocked: dict[int, set[CellName]]
+    sleep: dict[int, Accesses]
     chosen: int
     todo: set[int]
-    did: _Accesses = field(default_factory=_Accesses)
+    did: Accesses = field(default_factory=Accesses)
     before: int = 0
     """The steps that happen before this one, and itself, as a bit mask."""
 
@@ -180,9 +140,9 @@ class Reducer:
 
     def _execute(self, depth: int, verdict: RunVerdict) -> bool:
         """One run along the present schedule and on to an end. Returns whether it was cut at ``depth``."""
-        recording, mark = _Recording(), self.world.mark()
+        recording, mark = AccessRecorder(), self.world.mark()
         self.world.track(recording)
-        run = _Run(self.programs, self.invariants, recording)
+        run = WatchedRun(self.programs, self.invariants, recording)
         try:
             return self._drive(run, depth, verdict)
         except Violation as violation:
@@ -193,7 +153,7 @@ class Reducer:
             recording.undo()
             self.world.forget(mark)
 
-    def _drive(self, run: _Run, depth: int, verdict: RunVerdict) -> bool:
+    def _drive(self, run: WatchedRun, depth: int, verdict: RunVerdict) -> bool:
         nodes, fresh = self._nodes, len(self._nodes) - 1
         history = _History(len(self.programs))
         run.start()
@@ -205,7 +165,7 @@ class Reducer:
             if place > fresh:
                 for task, cells in blocked.items():
                     if place and (nodes[-1].chosen == task or not cells.isdisjoint(nodes[-1].did.writes)):
-                        waits = _Accesses()
+                        waits = Accesses()
                         waits.reads = cells
                         self._race(task, waits, history)
             if not enabled:
@@ -234,14 +194,14 @@ class Reducer:
                 node.before = self._race(node.chosen, node.did, history) | 1 << place
             history.add(place, node)
 
-    def _asleep(self) -> dict[int, _Accesses]:
+    def _asleep(self) -> dict[int, Accesses]:
         """Who sleeps after the last step: those who did before it and have not been woken by a conflict."""
         if not self._nodes:
             return {}
         last = self._nodes[-1]
         return {task: did for task, did in last.sleep.items() if task != last.chosen and not did.conflicts(last.did)}
 
-    def _race(self, task: int, did: _Accesses, history: _History) -> int:
+    def _race(self, task: int, did: Accesses, history: _History) -> int:
         """Schedules the other order of each race with a step; returns the mask of what happens before the step."""
         nodes = self._nodes
         before = nodes[history.last[task]].before if history.last[task] >= 0 else 0
@@ -252,7 +212,7 @@ class Reducer:
             before |= nodes[place].before
         return before
 
-    def _other_order(self, place: int, task: int, did: _Accesses, before: int, now: int) -> None:
+    def _other_order(self, place: int, task: int, did: Accesses, before: int, now: int) -> None:
         """Has ``task``, or somebody who brings it there, go on where the step at ``place`` was chosen."""
         node = self._nodes[place]
         waited = node.blocked.get(task)
@@ -279,7 +239,7 @@ class Reducer:
             nodes.pop()
         return False
 
-    def _ended(self, run: _Run, blocked: Iterable[int], verdict: RunVerdict) -> None:
+    def _ended(self, run: WatchedRun, blocked: Iterable[int], verdict: RunVerdict) -> None:
         stuck = [(self.programs[i].task.name, run.pending[i]) for i in sorted(blocked) if not self.programs[i].daemon]
         if stuck:
             raise Violation("no deadlock", deadlock_message(stuck))
@@ -302,8 +262,8 @@ class _History:
     def __init__(self, tasks: int) -> None:
         self.tasks: list[int] = []
         self.last = [-1] * tasks
-        self._writer: dict[_Cell, int] = {}
-        self._readers: dict[_Cell, list[int]] = {}
+        self._writer: dict[CellName, int] = {}
+        self._readers: dict[CellName, list[int]] = {}
 
     def add(self, place: int, node: _Node) -> None:
         self.tasks.append(node.chosen)
@@ -314,82 +274,7 @@ class _History:
             self._writer[cell] = place
             self._readers.pop(cell, None)
 
-    def conflicting(self, did: _Accesses) -> set[int]:
+    def conflicting(self, did: Accesses) -> set[int]:
         """The latest steps in conflict with an access: the last writer of each cell, and who read what it writes."""
         found = {self._writer[cell] for cell in did.reads | did.writes if cell in self._writer}
         return found.union(*(self._readers[cell] for cell in did.writes if cell in self._readers))
-
-
-class _Run:
-    """The tasks of one execution."""
-
-    def __init__(self, programs: Sequence[Program], invariants: Sequence[Invariant], recording: _Recording) -> None:
-        self.programs = programs
-        self.invariants = invariants
-        self.recording = recording
-        self.bodies: list[Coroutine[Step, None, Any] | None] = [program.body() for program in programs]
-        self.pending: list[Step | None] = [None] * len(programs)
-        self.results: list[Any] = [None] * len(programs)
-        self.schedule: list[int] = []
-        self._seen: set[_Cell] = set()  # what the invariants have read
-        self._guards: dict[int, set[_Cell]] = {}  # what the guards of those that wait have read, while it holds
-
-    def start(self) -> None:
-        """Everyone goes to its first step, before anyone may act."""
-        for task in range(len(self.programs)):
-            self._advance(task)
-        self._check()
-
-    def step(self, task: int) -> _Accesses:
-        """One step, with its guard and with the invariants if it changes what they read."""
-        self.schedule.append(task)
-        did = self.recording.at = _Accesses()
-        pending = self.pending[task]
-        if pending is not None and pending.guard is not None:
-            pending.guard()
-        self._advance(task)
-        if not did.writes.isdisjoint(self._seen):
-            self._check()
-        self._guards = {i: cells for i, cells in self._guards.items() if cells.isdisjoint(did.writes)}
-        return did
-
-    def able(self) -> tuple[tuple[int, ...], dict[int, set[_Cell]]]:
-        """Who can go on, and what the guards of the others read."""
-        enabled = []
-        for task, body in enumerate(self.bodies):
-            if body is None or task in self._guards:
-                continue
-            step = self.pending[task]
-            if step is None or step.guard is None:
-                enabled.append(task)
-                continue
-            looked = self.recording.at = _Accesses()
-            if step.guard():
-                enabled.append(task)
-            else:
-                self._guards[task] = looked.reads
-        return tuple(enabled), dict(self._guards)
-
-    def close(self) -> None:
-        for body in self.bodies:
-            if body is not None:
-                body.close()
-
-    def _advance(self, task: int) -> None:
-        body = self.bodies[task]
-        assert body is not None
-        ctx.task = self.programs[task].task
-        try:
-            self.pending[task] = body.send(None)
-        except StopIteration as end:
-            self.bodies[task] = None
-            self.results[task] = end.value
-
-    def _check(self) -> None:
-        """Runs the invariants. The step reads what they read now, and what they had read: that could have changed."""
-        if self.invariants:
-            did = self.recording.at
-            reads, did.reads = did.reads, set()
-            for invariant in self.invariants:
-                invariant()
-            self._seen, did.reads = did.reads, reads | did.reads | self._seen
