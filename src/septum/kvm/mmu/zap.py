@@ -12,7 +12,7 @@ from septum.core.klocks import AtomicSection
 from septum.kvm.mmu.mirror import tdp_mmu_set_spte
 from septum.kvm.mmu.roots import tdp_mmu_free_sp
 from septum.kvm.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SHADOW_NONPRESENT
-from septum.kvm.mmu.walk import present_sptes
+from septum.kvm.mmu.walk import gfn_root_bits, present_sptes
 from septum.kvm.requests import KVM_REQ_TLB_FLUSH, kvm_make_all_cpus_request
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ async def tdp_mmu_zap_leafs(kvm: Vm, root: int, mirror: bool, start: int, end: i
 
 async def _zap_leafs(kvm: Vm, root: int, mirror: bool, start: int, end: int, flush: bool) -> tuple[int, bool]:
     """Unmaps leaves until the end, or until it has come further than ``start`` and somebody waits for ``mmu_lock``."""
-    at = start
-    while found := next(present_sptes(kvm, root, mirror, at, end, PG_LEVEL_4K), None):
+    at, bits = start, gfn_root_bits(kvm, mirror)
+    while found := next(present_sptes(kvm, root, mirror, at, end, PG_LEVEL_4K, bits), None):
         if found.gfn > start and kvm.mmu_lock.is_contended():
             return found.gfn, flush
         await tdp_mmu_set_spte(kvm, found, SHADOW_NONPRESENT, mirror)
@@ -109,7 +109,7 @@ async def tdp_mmu_zap_root(kvm: Vm, root: int, mirror: bool) -> None:
     sp = kvm.sps[root]
     async with rcu_read_lock():
         for level in sorted({PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, sp.level}):
-            for found in present_sptes(kvm, root, mirror, 0, 1 << 9 * sp.level, level):
+            for found in present_sptes(kvm, root, mirror, 0, 1 << 9 * sp.level, level, 0):
                 await tdp_mmu_set_spte(kvm, found, SHADOW_NONPRESENT, mirror)
 
 
