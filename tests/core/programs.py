@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hypothesis import strategies as st
+
 from septum.core.cells import Fixed, Shared, SharedMap, Tracking, World
 from septum.core.steps import Program, Task, step, wait_until
 
@@ -14,6 +16,17 @@ from septum.core.steps import Program, Task, step, wait_until
 State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 #: An instruction: (operation, cell, operand).
 Instruction = tuple[str, int, int]
+#: Programs, one a task.
+Texts = tuple[tuple[Instruction, ...], ...]
+OPERATIONS = ("load", "store", "add", "set", "skip_if", "wait")
+
+
+def texts(tasks: int = 3, length: int = 4, cells: int = 4) -> st.SearchStrategy[Texts]:
+    """Programs for up to so many tasks."""
+    instruction = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, cells - 1), st.integers(0, 2))
+    return st.lists(st.lists(instruction, max_size=length).map(tuple), min_size=1, max_size=tasks).map(tuple)
+
+
 WAITS = ("wait", "both", "either")
 
 
@@ -86,7 +99,7 @@ async def interpret(machine: Machine, instructions: tuple[Instruction, ...]) -> 
     return register
 
 
-def programs_of(machine: Machine, texts: tuple[tuple[Instruction, ...], ...]) -> list[Program]:
+def programs_of(machine: Machine, texts: Texts) -> list[Program]:
     """Tasks for the texts."""
 
     def body(text: tuple[Instruction, ...]) -> Callable[[], Any]:
@@ -95,42 +108,78 @@ def programs_of(machine: Machine, texts: tuple[tuple[Instruction, ...], ...]) ->
     return [Program(Task(f"t{i}", cpu=i), body(text)) for i, text in enumerate(texts)]
 
 
-def brute_force(texts: tuple[tuple[Instruction, ...], ...]) -> tuple[set[Any], set[Any], bool]:
+def successors(texts: Texts, state: State) -> dict[int, State]:
+    """What each task that can go on makes of a state."""
+    cells, tasks = state
+    found = {}
+    for i, (place, register) in enumerate(tasks):
+        if place == len(texts[i]):
+            continue
+        operation, cell, operand = texts[i][place]
+        if operation == "wait" and cells[cell] < operand:
+            continue
+        after, value = register, cells[cell]
+        if operation == "load":
+            after = cells[cell]
+        elif operation == "store":
+            value = (register + operand) % 3
+        elif operation == "add":
+            value = (value + operand) % 3
+        elif operation == "set":
+            value = operand
+        elif operation == "skip_if" and value == operand:
+            after = -1
+        found[i] = (
+            (*cells[:cell], value, *cells[cell + 1 :]),
+            (*tasks[:i], (place + 1, after), *tasks[i + 1 :]),
+        )
+    return found
+
+
+def initial(texts: Texts) -> State:
+    """The initial state."""
+    return (0,) * 4, tuple((0, 0) for _ in texts)
+
+
+def end_of(texts: Texts, state: State) -> Any:
+    """What an end is observed as, in a state where nobody can go on; ``None`` for a deadlock."""
+    cells, tasks = state
+    if all(place == len(text) for (place, _), text in zip(tasks, texts, strict=True)):
+        return cells, tuple(register for _, register in tasks)
+    return None
+
+
+def brute_force(texts: Texts) -> tuple[set[State], set[Any], bool]:
     """All states, all ends and whether any state is a deadlock, by a search over tuples that shares no code."""
-    start: State = ((0,) * 4, tuple((0, 0) for _ in texts))
-    seen, ends, deadlock = {start}, set[Any](), False
-    todo = [start]
+    seen, ends = {initial(texts)}, set[Any]()
+    todo = [*seen]
     while todo:
-        cells, tasks = todo.pop()
-        moved = False
-        for i, (place, register) in enumerate(tasks):
-            if place == len(texts[i]):
-                continue
-            operation, cell, operand = texts[i][place]
-            if not may_go_on(cells.__getitem__, operation, cell, operand):
-                continue
-            after, value = register, cells[cell]
-            if operation == "load":
-                after = cells[cell]
-            elif operation == "store":
-                value = (register + operand) % 3
-            elif operation == "add":
-                value = (value + operand) % 3
-            elif operation == "set":
-                value = operand
-            elif operation == "skip_if" and value == operand:
-                after = -1
-            moved = True
-            following: State = (
-                (*cells[:cell], value, *cells[cell + 1 :]),
-                (*tasks[:i], (place + 1, after), *tasks[i + 1 :]),
-            )
-            if following not in seen:
-                seen.add(following)
-                todo.append(following)
-        if not moved:
-            if all(place == len(text) for (place, _), text in zip(tasks, texts, strict=True)):
-                ends.add((cells, tuple(register for _, register in tasks)))
-            else:
-                deadlock = True
-    return seen, ends, deadlock
+        state = todo.pop()
+        following = successors(texts, state)
+        if not following:
+            ends.add(end_of(texts, state))
+        new = set(following.values()) - seen
+        seen |= new
+        todo += new
+    return seen, ends - {None}, None in ends
+
+
+def least_preemptions(texts: Texts) -> tuple[dict[Any, int], float]:
+    """For each end, and for a deadlock, the least number of preemptions of a run that leads there."""
+    best: dict[tuple[State, int], int] = {(initial(texts), -1): 0}
+    todo = [*best]
+    least: dict[Any, int] = {}
+    while todo:
+        state, last = todo.pop()
+        count = best[state, last]
+        following = successors(texts, state)
+        if not following:
+            end = end_of(texts, state)
+            least[end] = min(count, least.get(end, count))
+        for task, after in following.items():
+            switched = count + (last in following and task != last)
+            if switched < best.get((after, task), switched + 1):
+                best[after, task] = switched
+                todo.append((after, task))
+    deadlock = least.pop(None, float("inf"))
+    return least, deadlock

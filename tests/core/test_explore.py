@@ -14,13 +14,9 @@ from septum.core.run import at_random, recorded, run
 from septum.core.steps import Program, Task, require, step, wait_until
 from septum.lab.recording import counterexample, explore, replay
 from septum.lab.scenario import find_scenario
-from tests.core.programs import Instruction, Machine, brute_force, programs_of
+from tests.core.programs import Machine, Texts, brute_force, programs_of, texts
 
-INSTRUCTIONS = st.tuples(
-    st.sampled_from(["load", "store", "add", "set", "skip_if", "wait"]), st.integers(0, 3), st.integers(0, 2)
-)
-TEXTS = st.lists(st.lists(INSTRUCTIONS, max_size=4).map(tuple), min_size=1, max_size=3).map(tuple)
-Texts = tuple[tuple[Instruction, ...], ...]
+TEXTS = texts()
 
 
 @pytest.mark.parametrize(("rounds", "states"), [(1, 4_027), (2, 84_640)])
@@ -41,8 +37,8 @@ def test_trylock_with_three_rounds() -> None:
 
 @settings(max_examples=400)
 @given(TEXTS, st.booleans())
-def test_agrees_with_brute_force(texts: Texts, exact: bool) -> None:
-    _states, ends, deadlock = brute_force(texts)
+def test_agrees_with_brute_force(programs: Texts, exact: bool) -> None:
+    _states, ends, deadlock = brute_force(programs)
     machine = Machine.fresh()
     before = machine.values()
 
@@ -50,7 +46,7 @@ def test_agrees_with_brute_force(texts: Texts, exact: bool) -> None:
         return machine.values(), tuple(results)
 
     verdict = Explorer(
-        machine.world, programs_of(machine, texts), observer=observe, exact=exact, check_merges=True
+        machine.world, programs_of(machine, programs), observer=observe, exact=exact, check_merges=True
     ).explore()
     if deadlock:
         assert (verdict.verdict, verdict.property) == ("violated", "no deadlock")
@@ -62,36 +58,36 @@ def test_agrees_with_brute_force(texts: Texts, exact: bool) -> None:
 
 @settings(max_examples=150)
 @given(TEXTS)
-def test_never_more_states_than_brute_force(texts: Texts) -> None:
+def test_never_more_states_than_brute_force(programs: Texts) -> None:
     """Equal local states are merged, never told apart: dead registers can only make fewer."""
-    states, _ends, deadlock = brute_force(texts)
+    states, _ends, deadlock = brute_force(programs)
     machine = Machine.fresh()
-    verdict = Explorer(machine.world, programs_of(machine, texts)).explore()
+    verdict = Explorer(machine.world, programs_of(machine, programs)).explore()
     assert deadlock or verdict.states <= len(states)
 
 
 @settings(max_examples=150)
 @given(TEXTS)
-def test_each_outcome_has_a_schedule_that_leads_there(texts: Texts) -> None:
+def test_each_outcome_has_a_schedule_that_leads_there(programs: Texts) -> None:
     machine = Machine.fresh()
 
     def observe(results: list[Any]) -> Any:
         return machine.values(), tuple(results)
 
-    programs = programs_of(machine, texts)
-    verdict = Explorer(machine.world, programs, observer=observe).explore()
+    tasks = programs_of(machine, programs)
+    verdict = Explorer(machine.world, tasks, observer=observe).explore()
     for (cells, results), schedule in verdict.outcomes.items():
         again = Machine.fresh()
-        outcome = run(programs_of(again, texts), recorded(schedule), max_steps=len(schedule))
+        outcome = run(programs_of(again, programs), recorded(schedule), max_steps=len(schedule))
         assert (again.values(), tuple(outcome.results)) == (cells, results)
 
 
 @settings(max_examples=100)
 @given(TEXTS, st.integers(0, 1 << 32))
-def test_random_runs_end_where_the_explorer_says(texts: Texts, seed: int) -> None:
-    _states, ends, _deadlock = brute_force(texts)
+def test_random_runs_end_where_the_explorer_says(programs: Texts, seed: int) -> None:
+    _states, ends, _deadlock = brute_force(programs)
     machine = Machine.fresh()
-    outcome = run(programs_of(machine, texts), at_random(seed))
+    outcome = run(programs_of(machine, programs), at_random(seed))
     assert outcome.violation == "no deadlock" or (machine.values(), tuple(outcome.results)) in ends
 
 

@@ -6,14 +6,18 @@ the scenario writes.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from septum.core.cells import World, poke
+from septum.core.cells import World
 from septum.core.locality import freeze, local_state
+from septum.core.recorders import Feeding, Recording
 from septum.core.run import deadlock_message
 from septum.core.steps import SOLO, Program, Step, Violation, ctx, require
+from septum.core.vectors import Cell, Vector, Vectors
+
+#: What a task read in one step, in order.
+Log = tuple[Any, ...]
 
 #: A property of all states: reads shared cells and raises :class:`Violation` where it does not hold.
 Invariant = Callable[[], None]
@@ -22,170 +26,135 @@ Invariant = Callable[[], None]
 Observer = Callable[[list[Any]], Any]
 
 
-class _Local:
-    """A local state of one task: how to get there again, and what has been learnt about the step that follows."""
+class Local:
+    """A local state of one task: how to get there again (what was read on the way), and the step that is to follow.
 
-    __slots__ = ("log", "number", "parent", "pending", "result", "spare", "task", "tree")
+    ``result`` is what the task returned, in a local state where it has ended.
+    """
 
-    def __init__(
-        self, number: int, task: int, parent: _Local | None, log: tuple[Any, ...], pending: Step | None
-    ) -> None:
+    __slots__ = ("ended", "log", "number", "parent", "pending", "result", "spare", "task")
+
+    def __init__(self, number: int, task: int, parent: Local | None, log: Log, halt: _Halt) -> None:
         self.number = number
         self.task = task
         self.parent = parent
         self.log = log
-        self.pending = pending
+        self.pending = halt.step
+        self.ended = halt.ended
+        self.result = halt.result
         self.spare: Coroutine[Step, None, Any] | None = None
-        self.tree: Any = None
+
+    def path(self) -> list[Log]:
+        """What was read in each step on the first path that led here."""
+        path = []
+        at: Local | None = self
+        while at is not None:
+            path.append(at.log)
+            at = at.parent
+        return path[::-1]
+
+
+class _Halt:
+    """Where a coroutine stands after it has run: before ``step``, or at its end, with its result."""
+
+    __slots__ = ("ended", "key", "result", "step")
+
+    def __init__(self, task: int, body: Coroutine[Step, None, Any]) -> None:
+        self.step: Step | None = None
         self.result: Any = None
+        self.ended = False
+        try:
+            self.step = body.send(None)
+            self.key: Any = (task, local_state(body))
+        except StopIteration as end:
+            self.ended = True
+            self.result = end.value
+            self.key = (task, ("ended", freeze(end.value)))
 
 
 class Effect:
-    """A leaf of a decision tree: what a step does."""
+    """A leaf of a decision tree: what a step does; and whether the task got on (``steps.progress``)."""
 
-    __slots__ = ("hash", "violation", "writes")
+    __slots__ = ("hash", "progress", "violation", "writes")
 
-    def __init__(self, change: int, writes: tuple[tuple[int, Any], ...], violation: Violation | None) -> None:
+    def __init__(
+        self, change: int, writes: tuple[tuple[int, Any], ...], violation: Violation | None, progress: bool
+    ) -> None:
         self.hash = change
         self.writes = writes
         self.violation = violation
+        self.progress = progress
 
 
 #: Leaves for a task that has ended and for a wait whose guard does not hold.
 ENDED, BLOCKED = "ended", "blocked"
 
-
-class _Recording:
-    """Records a step: every read in order, and the first value read and the last value written of each cell."""
-
-    def __init__(self) -> None:
-        self.log: list[Any] = []
-        self.first: dict[tuple[Any, Any], Any] = {}
-        self.written: dict[tuple[Any, Any], Any] = {}
-        self.before: dict[tuple[Any, Any], Any] = {}
-
-    def read(self, owner: Any, key: Any, value: Any) -> Any:
-        cell = (owner, key)
-        if cell not in self.written and cell not in self.first:
-            self.first[cell] = value
-        self.log.append(value)
-        return value
-
-    def write(self, owner: Any, key: Any, old: Any, new: Any) -> bool:
-        cell = (owner, key)
-        self.before.setdefault(cell, old)
-        self.written[cell] = new
-        return True
-
-    def undo(self) -> None:
-        for (owner, key), value in self.before.items():
-            poke(owner, key, value)
-
-
-class _Feeding:
-    """Feeds a step again with what it read the first time; its writes are dropped."""
-
-    def __init__(self) -> None:
-        self.log: tuple[Any, ...] = ()
-        self.place = 0
-
-    def load(self, log: tuple[Any, ...]) -> None:
-        self.log = log
-        self.place = 0
-
-    def read(self, owner: Any, key: Any, value: Any) -> Any:
-        require(self.place < len(self.log), "deterministic tasks", f"a replayed step read {owner} {key!r} unexpectedly")
-        self.place += 1
-        return self.log[self.place - 1]
-
-    def write(self, owner: Any, key: Any, old: Any, new: Any) -> bool:
-        return False
+#: Told of each step that is learnt: its local state, what it read and wrote, and the local state that followed, if any.
+Watcher = Callable[[Local, Recording, Local | None], None]
 
 
 class Automata:
     """The automata of ``programs`` over the cells of ``world``.
 
-    A state is a vector: the number of each task's local state, then the value of each written cell; ``initial`` is the
-    first one. ``trees`` has the decision tree of each local state: a list ``[place, {value: subtree}]``, or a leaf.
+    ``vectors`` has the shape of a state. ``trees`` has the decision tree of each local state: a list
+    ``[place, {value: subtree}]``, or a leaf.
     """
 
-    def __init__(self, world: World, programs: Sequence[Program], *, check_merges: bool) -> None:
+    def __init__(self, world: World, programs: Sequence[Program], *, check_merges: bool = False) -> None:
         self.world = world
         self.programs = list(programs)
         self.check_merges = check_merges
         self.runs = 0
-        self.initial: list[Any] = []
+        self.vectors = Vectors()
         self.trees: list[Any] = []
-        self.locals: list[_Local] = []
-        self._keys = random.Random(0x5E9)
-        self._cells: dict[tuple[Any, Any], int] = {}  # cell -> place in the vector
-        self._zobrist: list[dict[Any, int]] = []  # value -> random number, per place
-        self._by_key: dict[Any, _Local] = {}
-        self._others: dict[int, list[tuple[_Local, tuple[Any, ...]]]] = {}
-        self._functions: list[StateFunction] = []
-        self._prelude: list[_Recording] = []
+        self.locals: list[Local] = []
+        self.watcher: Watcher | None = None
+        self._by_key: dict[Any, Local] = {}
+        self._others: dict[int, list[tuple[Local, Log]]] = {}
+        self._prelude: list[Recording] = []
 
-    def function(self, body: Callable[[], Any]) -> StateFunction:
-        """A function of the shared cells that is learnt as steps are."""
-        function = StateFunction(self, body)
-        self._functions.append(function)
-        return function
-
-    def start(self, task: int) -> None:
-        """Runs a task to its first step, as every scheduler does before anyone may act."""
-        body = self.programs[task].body()
-        recording = _Recording()
-        self.world.track(recording)
-        ctx.task = self.programs[task].task
-        result: tuple[Any, ...] = ()
-        returned: Any = None
-        step: Step | None = None
-        try:
-            step = body.send(None)
-        except StopIteration as end:
-            returned = end.value
-            result = ("ended", freeze(returned))
-        self._prelude.append(recording)
-        local = self._new_local(task, None, tuple(recording.log), step, (task, result or local_state(body)))
-        local.spare = body
-        local.result = returned
-        if result:
-            local.tree = self.trees[local.number] = ENDED
-        self.initial.append(local.number)
-        self._zobrist.append({local.number: 0})
-
-    def load(self, vector: Sequence[Any]) -> None:
-        """Sets the world's cells to a state."""
-        for (owner, key), place in self._cells.items():
-            poke(owner, key, vector[place] if place < len(vector) else self.initial[place])
+    def start(self) -> None:
+        """Runs each task to its first step, as every scheduler does before anyone may act."""
+        for task, program in enumerate(self.programs):
+            body = program.body()
+            recording = Recording()
+            self.world.track(recording)
+            ctx.task = program.task
+            halt = _Halt(task, body)
+            self._prelude.append(recording)
+            local = self._new_local(task, None, tuple(recording.log), halt)
+            local.spare = body
+            self.vectors.add(local.number)
 
     def to_initial(self) -> None:
-        self.load(self.initial)
+        self.vectors.load(self.vectors.initial)
         for recording in reversed(self._prelude):
             recording.undo()
 
-    def trimmed(self, vector: list[Any]) -> tuple[Any, ...]:
-        """The vector without trailing initial values, so that it does not depend on when the vector grew."""
-        end = len(vector)
-        while end and vector[end - 1] == self.initial[end - 1]:
-            end -= 1
-        return tuple(vector[:end])
+    def leaf(self, task: int, vector: Vector) -> Any:
+        """What the step of ``task`` does in a state: an :class:`Effect`, ``BLOCKED`` or ``ENDED``."""
+        if len(vector) < len(self.vectors.initial):
+            vector += self.vectors.initial[len(vector) :]
+        node = self.trees[vector[task]]
+        while node.__class__ is list:
+            node = node[1].get(vector[node[0]])
+        return self.learn(task, vector) if node is None else node
 
-    def learn(self, task: int, vector: list[Any]) -> Any:
+    def learn(self, task: int, vector: Vector) -> Any:
         """Runs the step of ``task`` in the state ``vector`` and files what it does."""
         local = self.locals[vector[task]]
         leaf = self._run_step(local, vector)
         if self.check_merges:
             self._check_other_histories(local, vector, leaf)
         # Growing the vector emptied the trees: the leaf is filed under what is known now.
-        if len(vector) < len(self.initial):
-            vector += self.initial[len(vector) :]
+        if len(vector) < len(self.vectors.initial):
+            vector += self.vectors.initial[len(vector) :]
         return leaf
 
-    def observe(self, vector: list[Any], observer: Observer) -> Any:
+    def observe(self, vector: Vector, observer: Observer) -> Any:
         """What an observer says of an end. It may run model code to find out: the state stays as it is."""
-        recording = _Recording()
-        self.load(vector)
+        recording = Recording()
+        self.vectors.load(vector)
         self.world.track(recording)
         level, ctx.level = ctx.level, SOLO
         try:
@@ -194,7 +163,7 @@ class Automata:
             ctx.level = level
             recording.undo()
 
-    def deadlock(self, vector: list[Any]) -> Violation | None:
+    def deadlock(self, vector: Vector) -> Violation | None:
         """In a state where nobody can go on: the deadlock, unless all who must finish have finished."""
         waiting = [
             (program.task.name, local.pending)
@@ -203,104 +172,79 @@ class Automata:
         ]
         return Violation("no deadlock", deadlock_message(waiting)) if waiting else None
 
-    def _run_step(self, local: _Local, vector: list[Any]) -> Any:
+    def _run_step(self, local: Local, vector: Vector) -> Any:
         body = self._coroutine(local)
-        recording = _Recording()
-        self.load(vector)
+        recording = Recording()
+        self.vectors.load(vector)
         self.world.track(recording)
-        program = self.programs[local.task]
-        ctx.task = program.task
-        violation: Violation | None = None
-        step: Step | None = None
-        result: tuple[Any, ...] = ()
-        returned: Any = None
+        ctx.task = self.programs[local.task].task
+        ctx.progressed = False
         self.runs += 1
-        if local.pending is not None and local.pending.guard is not None and not local.pending.guard():
-            local.spare = body
-            local.tree = self.trees[local.number] = self.file(local.tree, recording.first, BLOCKED)
-            return BLOCKED
-        recording.log.clear()  # the log is what the step itself reads; nobody asks the guard in a replay
+        after: Local | None = None
+        violation: Violation | None = None
         try:
-            step = body.send(None)
-        except StopIteration as end:
-            returned = end.value
-            result = ("ended", freeze(returned))
-        except Violation as found:
-            violation = found
+            if local.pending is not None and local.pending.guard is not None and not local.pending.guard():
+                local.spare = body
+                return self._file(local, recording, recording.first, BLOCKED, after)
+            recording.log.clear()  # the log is what the step itself reads; nobody asks the guard in a replay
+            try:
+                after = self._following(local, body, _Halt(local.task, body), tuple(recording.log))
+            except Violation as found:
+                violation = found
+        finally:
+            recording.undo()
         # Places first: growing the vector empties the trees.
         places = {
             cell: self._place_of(cell, recording.before[cell])
             for cell, value in recording.written.items()
-            if cell in self._cells or value != recording.before[cell]
+            if cell in self.vectors.cells or value != recording.before[cell]
         }
-        writes: list[tuple[int, Any]] = []
-        change = 0
-        for cell, place in places.items():
-            old, new = recording.before[cell], recording.written[cell]
-            if old != new:
-                change ^= self._random_of(place, old) ^ self._random_of(place, new)
-                writes.append((place, new))
-        if violation is None:
-            after = self._following(local, body, step, tuple(recording.log), result)
-            after.result = returned
-            if after is not local:
-                change ^= self._random_of(local.task, local.number) ^ self._random_of(local.task, after.number)
-                writes.append((local.task, after.number))
-        recording.undo()
-        leaf = Effect(change, tuple(writes), violation)
+        changes = [(place, recording.before[cell], recording.written[cell]) for cell, place in places.items()]
+        if after is not None:
+            changes.append((local.task, local.number, after.number))
+        change, number = 0, self.vectors.number
+        for place, old, new in changes:
+            change ^= number(place, old) ^ number(place, new)
+        writes = tuple((place, new) for place, old, new in changes if old != new)
         # A cell that the step wrote without reading still matters: the change of the hash depends on its old value.
         reads = recording.first | {cell: recording.before[cell] for cell in places if cell not in recording.first}
-        local.tree = self.trees[local.number] = self.file(local.tree, reads, leaf)
+        return self._file(local, recording, reads, Effect(change, writes, violation, ctx.progressed), after)
+
+    def _file(self, local: Local, recording: Recording, reads: dict[Cell, Any], leaf: Any, after: Local | None) -> Any:
+        self.trees[local.number] = self.vectors.file(self.trees[local.number], reads, leaf)
+        if self.watcher:
+            self.watcher(local, recording, after)
         return leaf
 
-    def _following(
-        self,
-        local: _Local,
-        body: Coroutine[Step, None, Any],
-        step: Step | None,
-        log: tuple[Any, ...],
-        ended: tuple[Any, ...],
-    ) -> _Local:
-        """The local state that the step led to; ``ended`` tells the task's result if the step was its last."""
-        key = (local.task, ended or local_state(body))
-        found = self._by_key.get(key)
+    def _following(self, local: Local, body: Coroutine[Step, None, Any], halt: _Halt, log: Log) -> Local:
+        """The local state that the step led to."""
+        found = self._by_key.get(halt.key)
         if found is None:
-            found = self._new_local(local.task, local, log, step, key)
-            if ended:
-                found.tree = self.trees[found.number] = ENDED
-        elif self.check_merges and not ended:
+            found = self._new_local(local.task, local, log, halt)
+        elif self.check_merges and not halt.ended:
             self._others.setdefault(found.number, []).append((local, log))
-        if not ended and found.spare is None:
+        if not halt.ended and found.spare is None:
             found.spare = body
         else:
             body.close()
         return found
 
-    def _new_local(self, task: int, parent: _Local | None, log: tuple[Any, ...], step: Step | None, key: Any) -> _Local:
-        local = self._by_key[key] = _Local(len(self.locals), task, parent, log, step)
+    def _new_local(self, task: int, parent: Local | None, log: Log, halt: _Halt) -> Local:
+        local = self._by_key[halt.key] = Local(len(self.locals), task, parent, log, halt)
         self.locals.append(local)
-        self.trees.append(None)
+        self.trees.append(ENDED if halt.ended else None)
         return local
 
-    def _coroutine(self, local: _Local) -> Coroutine[Step, None, Any]:
+    def _coroutine(self, local: Local) -> Coroutine[Step, None, Any]:
         """A coroutine that stands in ``local``."""
         if local.spare is not None:
             body, local.spare = local.spare, None
             return body
-        return self._replayed(local.task, self._path(local))
+        return self._replayed(local.task, local.path())
 
-    @staticmethod
-    def _path(local: _Local) -> list[tuple[Any, ...]]:
-        path = []
-        at: _Local | None = local
-        while at is not None:
-            path.append(at.log)
-            at = at.parent
-        return path[::-1]
-
-    def _replayed(self, task: int, path: list[tuple[Any, ...]]) -> Coroutine[Step, None, Any]:
+    def _replayed(self, task: int, path: list[Log]) -> Coroutine[Step, None, Any]:
         body = self.programs[task].body()
-        feeding = _Feeding()
+        feeding = Feeding()
         self.world.track(feeding)
         ctx.task = self.programs[task].task
         for log in path:
@@ -308,10 +252,10 @@ class Automata:
             body.send(None)
         return body
 
-    def _check_other_histories(self, local: _Local, vector: list[Any], leaf: Any) -> None:
+    def _check_other_histories(self, local: Local, vector: Vector, leaf: Any) -> None:
         """Merged histories must do equal things for ever: run the step from each and compare."""
         for parent, log in self._others.pop(local.number, ()):
-            spare, local.spare = local.spare, self._replayed(local.task, [*self._path(parent), log])
+            spare, local.spare = local.spare, self._replayed(local.task, [*parent.path(), log])
             other = self._run_step(local, vector)
             local.spare = spare
             same = other is leaf or (
@@ -325,76 +269,10 @@ class Automata:
                 f"two histories of task {local.task} were merged but differ at {local.pending}",
             )
 
-    def _place_of(self, cell: tuple[Any, Any], initial: Any) -> int:
+    def _place_of(self, cell: Cell, initial: Any) -> int:
         """The place of a written cell; a new one makes the vector grow and all trees be learnt anew."""
-        place = self._cells.get(cell)
+        place = self.vectors.cells.get(cell)
         if place is None:
-            place = self._cells[cell] = len(self.initial)
-            self.initial.append(initial)
-            self._zobrist.append({initial: 0})
-            for function in self._functions:
-                function.tree = None
-            for number, local in enumerate(self.locals):
-                if self.trees[number] is not ENDED:
-                    local.tree = self.trees[number] = None
+            place = self.vectors.add_cell(cell, initial)
+            self.trees[:] = [ENDED if local.ended else None for local in self.locals]
         return place
-
-    def _random_of(self, place: int, value: Any) -> int:
-        numbers = self._zobrist[place]
-        number = numbers.get(value)
-        if number is None:
-            number = numbers[value] = self._keys.getrandbits(64)
-        return number
-
-    def file(self, tree: Any, reads: dict[tuple[Any, Any], Any], leaf: Any) -> Any:
-        """Adds a leaf under the values read. Cells that nobody writes are constants and make no node."""
-        path = [(self._cells[cell], value) for cell, value in reads.items() if cell in self._cells]
-        if not path:
-            return leaf
-        root: list[Any] = tree if tree is not None else [path[0][0], {}]
-        node = root
-        for (place, value), following in zip(path, [*path[1:], None], strict=True):
-            require(node[0] == place, "deterministic tasks", "a step read other cells after reading equal values")
-            if following is None:
-                node[1][value] = leaf
-            else:
-                node = node[1].setdefault(value, [following[0], {}])
-        return root
-
-
-class StateFunction:
-    """A function that only reads shared cells: run once for each combination of values that it reads."""
-
-    __slots__ = ("_automata", "_body", "tree")
-
-    def __init__(self, automata: Automata, body: Callable[[], Any]) -> None:
-        self._automata = automata
-        self._body = body
-        self.tree: Any = None
-
-    def __call__(self, vector: list[Any]) -> Any:
-        """Its value in a state."""
-        node, initial = self.tree, self._automata.initial
-        while node.__class__ is list:
-            node = node[1].get(vector[node[0]] if node[0] < len(vector) else initial[node[0]])
-        if node is None:
-            recording = _Recording()
-            self._automata.load(vector)
-            self._automata.world.track(recording)
-            node = (self._body(),)
-            self.tree = self._automata.file(self.tree, recording.first, node)
-        return node[0]
-
-
-def first_violation(invariants: Sequence[Invariant]) -> Callable[[], Violation | None]:
-    """A function that runs invariants and returns the violation of the first that does not hold."""
-
-    def check() -> Violation | None:
-        try:
-            for invariant in invariants:
-                invariant()
-        except Violation as violation:
-            return violation
-        return None
-
-    return check

@@ -68,14 +68,16 @@ class Context:
 
     ``lock_order`` maps a pair of lock classes, taken one inside the other, to who did so first. A cycle in it is a
     violation at once, or, when ``cycles`` is a list, added to it (the explorer looks for worse first).
+    ``progressed`` is whether :func:`progress` was called since the scheduler last cleared it.
     """
 
-    __slots__ = ("cycles", "level", "lock_order", "task", "trace")
+    __slots__ = ("cycles", "level", "lock_order", "progressed", "task", "trace")
 
     def __init__(self) -> None:
         self.level: int = SOLO
         self.task: Task | None = None
         self.trace: Trace | None = None
+        self.progressed = False
         self.lock_order: dict[tuple[str, str], str] = {}
         self.cycles: list[tuple[list[tuple[str, str]], str]] | None = None
 
@@ -119,6 +121,16 @@ def emit(kind: str, text: str, **data: Any) -> None:
     """Adds an event to the trace, if one is kept. Events never influence the model."""
     if ctx.trace is not None:
         ctx.trace.add(kind, text, data)
+
+
+def progress(what: object) -> None:
+    """The current task got on: ``what`` it was called for is done, and not merely tried again.
+
+    A task that neither ends nor gets on, though every task gets its turn, is what the check of liveness looks for
+    (:mod:`septum.core.liveness`). Like an event, progress never influences the model.
+    """
+    ctx.progressed = True
+    emit("progress", f"gets on: {what}")
 
 
 def require(condition: bool, prop: str, message: str) -> None:
