@@ -27,15 +27,18 @@ class Ipis(Fixed):
         self.cpus = cpus
         self._functions: dict[str, Function] = {}
         self._answers: SharedMap[tuple[int, int], int] = SharedMap("IPI answers", 0)
+        self._contexts: list[Program] = []
 
     def register(self, name: str, function: Function) -> None:
         """Gives a function its name."""
         self._functions[name] = function
 
     def interrupt_contexts(self) -> list[Program]:
-        """One daemon for each CPU that serves what is asked of it."""
-        handlers: Mapping[str, Handler] = {name: self._serving(name) for name in self._functions}
-        return [interrupt_context(cpu, handlers) for cpu in self.cpus]
+        """One daemon for each CPU that serves what is asked of it: the same in every run."""
+        if not self._contexts:
+            handlers: Mapping[str, Handler] = {name: self._serving(name) for name in self._functions}
+            self._contexts = [interrupt_context(cpu, handlers) for cpu in self.cpus]
+        return list(self._contexts)
 
     def _serving(self, name: str) -> Handler:
         async def serve(cpu: Cpu, argument: Any) -> None:

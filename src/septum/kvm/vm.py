@@ -54,7 +54,8 @@ class Vm(Shared):
 
     users_count: int = 1
     vm_dead: bool = False
-    vm_bugged: bool = False
+    vm_bugged: str = ""
+    """The condition that was true, if a KVM_BUG_ON was hit."""
     created_vcpus: int = 0
     vcpus: tuple[Vcpu, ...] = ()
     """Those that ``online_vcpus`` counts."""
@@ -137,7 +138,7 @@ async def kvm_bug_on(condition: object, kvm: Vm, what: str) -> bool:
     if condition and not kvm.vm_bugged:
         kvm.host.log.bugs[what] += 1
         emit("bug", f"KVM_BUG_ON: {what}", vm=kvm.number)
-        kvm.vm_bugged = True
+        kvm.vm_bugged = what
         await kvm_vm_dead(kvm)
     return bool(condition)
 
