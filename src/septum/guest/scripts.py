@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from septum.arch import vmcs
 from septum.arch.errors import UsageError
 from septum.arch.pages import PAGE_2M, PAGE_4K, align_down, align_up
-from septum.arch.structures import TdReport
+from septum.arch.structures import TdAttributes, TdReport
 from septum.guest.hob import Memory, hob_digest, read_hob, unaccepted_memory
 from septum.guest.instructions import WRITE
 from septum.guest.scripted import Script
@@ -36,7 +36,7 @@ _RTMR_OF_SCRIPT: Final = 3
 class Job:
     """How much a script does. Sizes are in bytes, for the whole TD unless told otherwise."""
 
-    eager: int = 8 << 20
+    eager: int = 16 << 20
     """Memory that is accepted before it is touched."""
     touches: int = 64
     """Pages that each VCPU touches, spread over the memory, and accepts when a #VE tells it to."""
@@ -54,6 +54,7 @@ class Done(NamedTuple):
     accepted_4k: int = 0
     accepted_2m: int = 0
     accepted_on_ve: int = 0
+    """Pages that were accepted when they were touched."""
     converted: int = 0
     report: bytes = b""
 
@@ -68,13 +69,15 @@ class Place(NamedTuple):
     buffers: int
     """Three pages of this VCPU alone."""
     hob: bytes
+    ve_disabled: bool
+    """An access to a page that is not accepted kills the TD, instead of bringing a #VE."""
 
 
 Part = Callable[[Vcpu, Place, Job], Coroutine[Any, Any, Done]]
 
 
 async def look_around(vcpu: Vcpu, job: Job) -> Place:
-    """Reads the HOB, and sets some pages at the start of the memory aside.
+    """Reads the HOB, and sets some pages at the start of the memory aside (accepted, if no #VE would tell to do it).
 
     :raises GuestFault: when there is not enough memory.
     """
@@ -86,7 +89,11 @@ async def look_around(vcpu: Vcpu, job: Job) -> Place:
         if part.end - part.start > needed:
             rest = (*memory[:i], Memory(part.start + needed, part.end), *memory[i + 1 :])
             buffers = part.start + (1 + _BUFFER_PAGES * vcpu.index) * PAGE_4K
-            return Place(info.num_vcpus, rest, part.start, buffers, hob)
+            ve_disabled = bool(info.attributes & TdAttributes.SEPT_VE_DISABLE)
+            if ve_disabled:
+                await vcpu.accept(part.start, part.start + PAGE_4K)
+                await vcpu.accept(buffers, buffers + _BUFFER_PAGES * PAGE_4K)
+            return Place(info.num_vcpus, rest, part.start, buffers, hob, ve_disabled)
     raise GuestFault(vmcs.VECTOR_GP, why="no memory to work with")
 
 
@@ -173,6 +180,8 @@ async def _touch(vcpu: Vcpu, place: Place, touches: int, first_block: int) -> Do
     vcpu.on_ve = counting
     mine = islice(_blocks(place.memory), first_block + vcpu.index * stride, None, stride * place.num_vcpus)
     for block in islice(mine, touches):
+        if place.ve_disabled:
+            await vcpu.accept(block.start, block.start + PAGE_4K)
         await vcpu.touch(block.start, WRITE)
     vcpu.on_ve = accept_on_ve
     return Done(accepted_on_ve=count)
