@@ -62,6 +62,19 @@ class HeldLocks:
         except SanityCheckFailed as halt:
             raise ModuleHalt(str(halt)) from None
 
+    def mark(self) -> int:
+        """A name for what is held now."""
+        return len(self._held)
+
+    def since(self, mark: int) -> tuple[TryLock, ...]:
+        """What was taken since ``mark`` and is still held, last taken first."""
+        return tuple(lock for lock, _ in reversed(self._held[mark:]))
+
+    async def release_since(self, mark: int) -> None:
+        """Lets go of what was taken since ``mark``, last taken first."""
+        for lock in self.since(mark):
+            await self.release(lock)
+
     def forget(self, lock: TryLock) -> None:
         """The lock was released by a write to the word that holds it (a Secure EPT entry), or is handed on."""
         self._held.pop(self._place(lock))

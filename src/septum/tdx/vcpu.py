@@ -60,9 +60,18 @@ async def associate(call: HostCall, td: Td, vp: Vp, *, allow_disabled: bool = Fa
 
     :raises Fail: VCPU_STATE_INCORRECT, or VCPU_ASSOCIATED with another LP.
     """
-    tdvps, lp = vp.tdvps, call.lp.index
-    ready = tdvps.vcpu_state == VcpuState.READY or (allow_disabled and tdvps.vcpu_state == VcpuState.DISABLED)
+    state = vp.tdvps.vcpu_state
+    ready = state == VcpuState.READY or (allow_disabled and state == VcpuState.DISABLED)
     check(ready, Status.TDX_VCPU_STATE_INCORRECT)
+    return await tie_to_lp(call, td, vp)
+
+
+async def tie_to_lp(call: HostCall, td: Td, vp: Vp) -> bool:
+    """``associate_vcpu``: the same for a VCPU in any state.
+
+    :raises Fail: VCPU_ASSOCIATED with another LP.
+    """
+    tdvps, lp = vp.tdvps, call.lp.index
     await atomic("ASSOC_LPID")
     before = tdvps.assoc_lpid
     check(before in (NO_LP, lp), Status.TDX_VCPU_ASSOCIATED)

@@ -143,10 +143,15 @@ def _address_fields(module: Module, td: Td, vp: Vp, vm: int) -> dict[int, int]:
     }
 
 
-def vmcs_fields(module: Module, td: Td, vp: Vp, vm: int) -> Iterator[tuple[int, int]]:
-    """Encoding and initial value of every field that is not 0 (``init_td_vmcs``)."""
+def vmcs_fields(module: Module, td: Td, vp: Vp, vm: int, *, imported: bool = False) -> Iterator[tuple[int, int]]:
+    """Encoding and initial value of every field that is not 0 (``init_td_vmcs``).
+
+    Of a VCPU that is ``imported``, fields that come from the other platform are left out.
+    """
     controls = _control_fields(module, td, vm)
     for row in td_vmcs_init():
+        if imported and row.migrated:
+            continue
         if row.encoding != _ENCLV_BITMAP or controls[vmcs.PROCBASED_CTLS2] & _ENCLV_EXITING:
             yield row.encoding, row.value
     yield from controls.items()
@@ -157,9 +162,9 @@ def vmcs_fields(module: Module, td: Td, vp: Vp, vm: int) -> Iterator[tuple[int, 
     yield vmcs.SPEC_CTRL_MASK, td.tdcs.ia32_spec_ctrl_mask
 
 
-def init_vmcs(module: Module, td: Td, vp: Vp, vm: int) -> None:
+def init_vmcs(module: Module, td: Td, vp: Vp, vm: int, *, imported: bool = False) -> None:
     """Writes the initial VMCS of a VM, and the fields of TDVPS that metadata reads show in place of some of its."""
-    for encoding, value in vmcs_fields(module, td, vp, vm):
+    for encoding, value in vmcs_fields(module, td, vp, vm, imported=imported):
         vp.vmcs.store(vm << L2_VM_SHIFT | encoding, value)
     for name, (encoding, of_l2) in _CR_SHADOWS.items():
         vp.fields.store((name, vm), of_l2 if vm else vp.vmcs[encoding])

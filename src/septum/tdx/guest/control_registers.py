@@ -13,7 +13,7 @@ from septum.arch.exits import ExitReason
 from septum.arch.structures import TdAttributes
 from septum.tdx.events import inject_gp, inject_ve
 from septum.tdx.outcome import sanity
-from septum.tdx.td_params.native import XCR0_BITS
+from septum.tdx.td_params.checks import xcr0_allowed
 from septum.tdx.vmcs_init import IA32_VMX_CR0_FIXED0, IA32_VMX_CR0_FIXED1, IA32_VMX_CR4_FIXED0, IA32_VMX_CR4_FIXED1
 
 if TYPE_CHECKING:
@@ -93,15 +93,7 @@ def xsetbv(module: Module, vp: Vp) -> None:
     tdvps = vp.tdvps
     rax, rcx, rdx = tdvps.gprs[:3]
     value = (rdx << 32 | rax & 0xFFFF_FFFF) & (1 << 64) - 1
-    if rcx & 0xFFFF_FFFF or not _is_valid_xcr0(module, value, tdvps.xfam):
+    if rcx & 0xFFFF_FFFF or not xcr0_allowed(value, tdvps.xfam, module.native_cpu):
         inject_gp(vp)
         return
     tdvps.xcr0 = value
-
-
-def _is_valid_xcr0(module: Module, value: int, xfam: int) -> bool:
-    """``check_guest_xcr0_value``: features that CPU and XFAM have, in combinations that are allowed."""
-    supported = module.hardware.cpu.cpuid(0xD).eax & XCR0_BITS
-    x87, sse, avx, opmask, zmm_high, zmm, tile_config, tile_data = (value >> n & 1 for n in (0, 1, 2, 5, 6, 7, 17, 18))
-    consistent = sse >= avx >= opmask and opmask == zmm_high == zmm and tile_config == tile_data
-    return not value & ~(supported & xfam) and bool(x87) and consistent

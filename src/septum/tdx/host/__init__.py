@@ -16,6 +16,13 @@ from septum.tdx.host import (
     mem_resize,
     mem_sept,
     metadata,
+    migration_export,
+    migration_export_mem,
+    migration_export_state,
+    migration_import,
+    migration_import_mem,
+    migration_import_state,
+    migration_stream,
     mng,
     mr,
     phymem,
@@ -30,5 +37,9 @@ if TYPE_CHECKING:
 Handler = Callable[["HostCall"], Awaitable[int]]
 
 HANDLERS: dict[int, Handler] = {}
-for family in (sys, mng, vp, mem_sept, mem_page, mem_resize, mem_range, mem_rdwr, mr, phymem, metadata, servtd):
+for family in (
+    sys, mng, vp, mem_sept, mem_page, mem_resize, mem_range, mem_rdwr, mr, phymem, metadata, servtd, migration_stream,
+    migration_export, migration_export_mem, migration_export_state, migration_import, migration_import_mem,
+    migration_import_state,
+):  # fmt: skip
     HANDLERS |= family.LEAVES

@@ -72,15 +72,16 @@ def dump_list(scope: Scope, field_id: int, size: int) -> Dump:
     while not current.is_null:
         element = locate(scope.context, current, scope.l2_vms)
         assert element is not None
+        if open_sequence is not None and not open_sequence.goes_on_with(current, element):
+            open_sequence = None
+        need = QWORD * (element.field.elements + (open_sequence is None))
+        if room < need:
+            break
         values = _read_field(scope, current, element)
         if values is None:
             open_sequence = None
         else:
-            if open_sequence is not None and not open_sequence.goes_on_with(current, element):
-                open_sequence = None
-            room -= QWORD * (len(values) + (open_sequence is None))
-            if room < 0:
-                break
+            room -= need
             if open_sequence is None:
                 open_sequence = _Sequence(current, element)
                 sequences.append(open_sequence)

@@ -88,6 +88,7 @@ def _row(owner: Callable[[Scope], Any], name: str) -> Store:
 
     def put(scope: Scope, number: int, value: int) -> None:
         row = getattr(owner(scope), name)
+        row += (0,) * (number - len(row))
         setattr(owner(scope), name, (*row[:number], value, *row[number + 1 :]))
 
     return Store(get, put)
@@ -99,7 +100,14 @@ def _packed(owner: Callable[[Scope], Any], name: str) -> Store:
     def get(scope: Scope, number: int) -> int:
         return int.from_bytes(getattr(owner(scope), name)[QWORD * number : QWORD * (number + 1)], "little")
 
-    return Store(get, _read_only(name))
+    def put(scope: Scope, number: int, value: int) -> None:
+        setattr(owner(scope), name, _with_qword(getattr(owner(scope), name), number, value))
+
+    return Store(get, put)
+
+
+def _with_qword(row: bytes, number: int, value: int) -> bytes:
+    return row[: QWORD * number] + value.to_bytes(QWORD, "little") + row[QWORD * (number + 1) :]
 
 
 def _packed_rows(owner: Callable[[Scope], Any], name: str) -> Store:
@@ -110,7 +118,12 @@ def _packed_rows(owner: Callable[[Scope], Any], name: str) -> Store:
         row, place = divmod(number, len(rows[0]) // QWORD)
         return int.from_bytes(rows[row][QWORD * place : QWORD * (place + 1)], "little")
 
-    return Store(get, _read_only(name))
+    def put(scope: Scope, number: int, value: int) -> None:
+        rows = getattr(owner(scope), name)
+        row, place = divmod(number, len(rows[0]) // QWORD)
+        setattr(owner(scope), name, (*rows[:row], _with_qword(rows[row], place, value), *rows[row + 1 :]))
+
+    return Store(get, put)
 
 
 def _sparse(owner: str, name: str, at_rest: int = 0) -> Store:
@@ -158,7 +171,11 @@ def _gpr(register: str) -> Store:
 
 def _ve_info(part: str) -> Store:
     place = VeInfo._fields.index(part)
-    return Store(lambda scope, number: int(scope.of_vp.tdvps.ve_info[place]), _read_only(part))
+
+    def put(scope: Scope, number: int, value: int) -> None:
+        scope.of_vp.tdvps.ve_info = scope.of_vp.tdvps.ve_info._replace(**{part: value})
+
+    return Store(lambda scope, number: int(scope.of_vp.tdvps.ve_info[place]), put)
 
 
 _RECORDS: dict[Structure, tuple[type[Any], Callable[[Scope], Any]]] = {
@@ -167,6 +184,7 @@ _RECORDS: dict[Structure, tuple[type[Any], Callable[[Scope], Any]]] = {
     Structure.TDVPS: (Tdvps, lambda scope: scope.of_vp.tdvps),
 }
 _ELSEWHERE: dict[str, Store] = {
+    "MIGSC_LINKS": Store(lambda scope, number: scope.of_td.stream(number).link, _read_only("MIGSC_LINKS")),
     "SEPT_ROOT": _sept_root(SEPT_ROOT_PAGE, "SEPT_ROOT"),
     **{f"L2_SEPT_ROOT_{vm}": _sept_root(FIRST_L2_SEPT_ROOT_PAGE + vm - 1, f"L2_SEPT_ROOT_{vm}") for vm in (1, 2, 3)},
     **{register.upper(): _gpr(register) for register in GPR_NAMES},

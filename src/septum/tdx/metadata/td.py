@@ -12,6 +12,7 @@ from septum.arch.status import Status
 from septum.arch.structures import ConfigFlags
 from septum.core.steps import ATOMICS, ctx, step
 from septum.tdx.metadata import storage
+from septum.tdx.metadata.l2 import virtual_tsc
 from septum.tdx.metadata.scope import Located, Scope
 from septum.tdx.migration.streams import new_encryption_key
 from septum.tdx.outcome import check
@@ -46,6 +47,8 @@ def read_td(scope: Scope, located: Located) -> int:
         case "HP_LOCK_TIMEOUT":
             ticks = min(storage.read(scope, element), U64 // USEC_PER_SECOND)
             return ticks * USEC_PER_SECOND // scope.module.platform.tsc_hz
+        case "VIRTUAL_TSC" if scope.access is Access.EXPORT_MUTABLE:
+            return virtual_tsc(scope, scope.module.hardware.rdtsc())
         case "MIG_ENC_KEY" if element.number == 0 and scope.access is Access.SERVICE_TD:
             # Each time a migration TD reads the first word, the key is made anew.
             new_encryption_key(scope.module, scope.of_td)
@@ -67,11 +70,7 @@ async def write_td(scope: Scope, located: Located, value: int, mask: int) -> int
     match element.field.name:
         case "HP_LOCK_TIMEOUT":
             check(writable == U64, Status.TDX_METADATA_WR_MASK_NOT_VALID)
-            in_range = MIN_HP_LOCK_TIMEOUT_USEC <= new <= MAX_HP_LOCK_TIMEOUT_USEC
-            check(in_range, Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
-            # The number of ticks is cut to 32 bits, as the module does.
-            ticks = new * scope.module.platform.tsc_hz // USEC_PER_SECOND & 0xFFFF_FFFF
-            storage.write(scope, element, ticks)
+            storage.write(scope, element, timeout_in_ticks(scope, new))
             return old & located.read_mask
         case "TD_CTLS" if scope.access is Access.GUEST:
             flexible = scope.of_td.tdcs.config_flags & ConfigFlags.FLEXIBLE_PENDING_VE
@@ -86,6 +85,16 @@ async def write_td(scope: Scope, located: Located, value: int, mask: int) -> int
     check(storage.read(scope, element) == old, Status.TDX_OPERAND_BUSY, Operand.METADATA_FIELD)
     storage.write(scope, element, new)
     return old & located.read_mask
+
+
+def timeout_in_ticks(scope: Scope, timeout: int) -> int:
+    """HP_LOCK_TIMEOUT, from microseconds to ticks of the CPU's counter, of which the module keeps 32 bits.
+
+    :raises Fail: METADATA_FIELD_VALUE_NOT_VALID when it is too short or too long.
+    """
+    in_range = MIN_HP_LOCK_TIMEOUT_USEC <= timeout <= MAX_HP_LOCK_TIMEOUT_USEC
+    check(in_range, Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
+    return timeout * scope.module.platform.tsc_hz // USEC_PER_SECOND & 0xFFFF_FFFF
 
 
 def check_protected_bits(old: int, new: int, protected: int) -> None:

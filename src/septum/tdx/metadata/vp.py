@@ -6,8 +6,11 @@ Source: TDX Module 1.5.01, ``src/common/metadata_handlers/metadata_vp.c``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from septum.arch import vmcs
-from septum.arch.metadata import Attribute, Element
+from septum.arch.metadata import Access, Attribute, Element
+from septum.arch.op_state import LastExit, VcpuState
 from septum.arch.pages import PAGE_4K, is_valid_gpa
 from septum.arch.status import Status
 from septum.arch.structures import TdAttributes
@@ -16,7 +19,9 @@ from septum.tdx.metadata.controls import Effect
 from septum.tdx.metadata.scope import Located, Scope
 from septum.tdx.metadata.td import check_protected_bits
 from septum.tdx.outcome import Fail, check
+from septum.tdx.td_params.checks import xcr0_allowed
 from septum.tdx.td_params.msrs import DDPD_U
+from septum.tdx.td_params.native import NativeCpu
 
 NOT_A_PHYSICAL_ADDRESS = 1 << 63
 """Set in the initial value of address fields."""
@@ -30,6 +35,11 @@ VAPIC_PPR = 0xA0
 XSAVE_HEADER = range(512 // 8, (512 + 64) // 8)
 """Elements of XBUFF."""
 XFAM_PT = 8
+HOST_ROUTINGS = range(3)
+"""Values of L2_EXIT_HOST_ROUTING: none, as an asynchronous exit, as a TDVMCALL."""
+_CR_CONTROLS = {"Guest CR0": (vmcs.CR0_MASK, vmcs.CR0_SHADOW), "Guest CR4": (vmcs.CR4_MASK, vmcs.CR4_SHADOW)}
+_MIGRATION = (Access.EXPORT_MUTABLE, Access.IMPORT_MUTABLE)
+"""Who sees control registers as the guest does."""
 
 
 def read_vp(scope: Scope, located: Located) -> int:
@@ -39,6 +49,9 @@ def read_vp(scope: Scope, located: Located) -> int:
     if element.field.special_read:
         if element.vm:
             value = l2.special_read(scope, element, value)
+        elif element.field.name in _CR_CONTROLS and scope.access in _MIGRATION:
+            mask, shadow = _CR_CONTROLS[element.field.name]
+            value = controls.read_cr(value, scope.of_vp.vmcs[mask], scope.of_vp.vmcs[shadow])
         elif element.field.name == "VCPU_STATE_DETAILS":
             value = interrupt_pending(scope)
         elif element.field.name == "IA32_SPEC_CTRL":
@@ -165,9 +178,28 @@ def _never(scope: Scope, element: Element, write_mask: int, new: int) -> int:
     raise Fail(Status.TDX_METADATA_FIELD_NOT_WRITABLE)
 
 
+def _imported(is_valid: Callable[[Scope, int], object]) -> Effect:
+    """A field that only an import writes, and what is asked of its value."""
+
+    def effect(scope: Scope, element: Element, write_mask: int, new: int) -> int:
+        check(is_valid(scope, new), Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
+        return new
+
+    return effect
+
+
+def _is_xcr0(scope: Scope, new: int) -> bool:
+    cpu: NativeCpu = scope.module.native_cpu
+    return xcr0_allowed(new, scope.of_td.tdcs.xfam, cpu)
+
+
+def _vcpu_state(scope: Scope, element: Element, write_mask: int, new: int) -> int | None:
+    """Imported only for a VCPU that is disabled here already, as the module has it."""
+    return new if scope.of_vp.tdvps.vcpu_state == VcpuState.DISABLED else None
+
+
 _EFFECTS: dict[str, Effect] = {
-    "Guest CR0": _guest_cr(vmcs.CR0_MASK, vmcs.CR0_SHADOW),
-    "Guest CR4": _guest_cr(vmcs.CR4_MASK, vmcs.CR4_SHADOW),
+    **{name: _guest_cr(mask, shadow) for name, (mask, shadow) in _CR_CONTROLS.items()},
     "IA32_DEBUGCTL": controls.debugctl,
     "Pin-Based VM-Exection Controls": _pin_based,
     "Posted-interrupt descriptor address": _shadowed("SHADOW_PID_HPA"),
@@ -177,6 +209,13 @@ _EFFECTS: dict[str, Effect] = {
     "XBUFF": _xbuff,
     "IA32_SPEC_CTRL": _spec_ctrl,
     "XFAM": _never,
+    "XCR0": _imported(_is_xcr0),
+    "IA32_XSS": _imported(lambda scope, new: not new & ~scope.of_td.tdcs.xfam),
+    "VCPU_STATE": _vcpu_state,
+    "VCPU_INDEX": _imported(lambda scope, new: new < scope.of_td.tdcs.num_vcpus),
+    "LAST_TD_EXIT": _imported(lambda scope, new: new in tuple(LastExit)),
+    "CURR_VM": _imported(lambda scope, new: new <= scope.of_td.tdcs.num_l2_vms),
+    "L2_EXIT_HOST_ROUTING": _imported(lambda scope, new: new in HOST_ROUTINGS),
     "L2_CTLS": l2.l2_ctls,
     "TSC_DEADLINE": l2.tsc_deadline,
 }

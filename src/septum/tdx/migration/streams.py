@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from septum.arch.op_state import OpState
 from septum.arch.operands import Operand
 from septum.arch.status import FATAL, Status
-from septum.core.steps import ATOMICS, ctx, step
 from septum.core.trylocks import Mode
+from septum.tdx.call import lock_free_page
 from septum.tdx.migration.aes_gcm import AesGcm
 from septum.tdx.outcome import Fail, check
+from septum.tdx.vcpu import atomic
 
 if TYPE_CHECKING:
-    from septum.tdx.call import HostCall
+    from septum.tdx.call import HostCall, LockedPage
     from septum.tdx.migration.mbmd import Mbmd
     from septum.tdx.module import Module
     from septum.tdx.state.migsc import Interrupted, Stream
@@ -95,6 +96,19 @@ async def _lock(call: HostCall, stream: Stream) -> Stream:
     return stream
 
 
+async def lock_new_page(call: HostCall, pa: int, operand: Operand) -> LockedPage:
+    """A page that belongs to nobody, locked exclusively. On failure what was locked on the way goes first of all.
+
+    :raises Fail: as :func:`~septum.tdx.call.lock_free_page`.
+    """
+    mark = call.locks.mark()
+    try:
+        return await lock_free_page(call, pa, operand)
+    except Fail:
+        await call.locks.release_since(mark)
+        raise
+
+
 # -- sessions --------------------------------------------------------------------------------------------------------
 
 
@@ -151,8 +165,7 @@ def init_if_needed(stream: Stream, key: tuple[int, ...]) -> None:
 
 async def count_bundle(td: Td) -> None:
     """One bundle more in the session, counted atomically: streams work at the same time."""
-    if ctx.level >= ATOMICS:
-        await step("xadd", f"{td}.TOTAL_MB_COUNT")
+    await atomic("TOTAL_MB_COUNT")
     td.tdcs.total_mb_count += 1
 
 

@@ -60,6 +60,8 @@ class Tdvps(Shared):
     xcr0: int = 0
     ia32_xss: int = 0
     ve_info: VeInfo = VeInfo()
+    export_count: int = 0
+    """EXPORT_COUNT of the TD when the VCPU was exported last."""
 
 
 class Vp(Fixed):

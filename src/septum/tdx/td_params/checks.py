@@ -9,7 +9,7 @@ from typing import Final
 
 from septum.arch.cpuid import XFAM_FIXED1
 from septum.arch.structures import ConfigFlags, TdAttributes
-from septum.tdx.td_params.native import MAX_XFAM_BIT, NativeCpu
+from septum.tdx.td_params.native import MAX_XFAM_BIT, XCR0_BITS, NativeCpu
 
 # As plain integers: the complement of an IntFlag loses bits that have no name.
 ATTRIBUTES_FIXED0: Final = int(
@@ -37,6 +37,7 @@ _AVX, _AVX512 = 2, 5
 _WRITE_BACK: Final = 6
 _PML4, _PML5 = 3, 4
 _MIN_PA_FOR_PML5: Final = 49
+_XSTATE_LEAF: Final = 0xD
 _XSAVE_EXTENDED_REGION: Final = 576
 """Bytes before it: the legacy area and the header."""
 
@@ -52,6 +53,14 @@ def xfam_allowed(xfam: int, cpu: NativeCpu) -> bool:
     if xfam & ~cpu.xfam_fixed0 or xfam & XFAM_FIXED1 != XFAM_FIXED1:
         return False
     return not (has(xfam, _AVX512) and not has(xfam, _AVX)) and all(has(xfam, a) == has(xfam, b) for a, b in _TOGETHER)
+
+
+def xcr0_allowed(xcr0: int, xfam: int, cpu: NativeCpu) -> bool:
+    """``check_guest_xcr0_value``: features that CPU and XFAM have, in combinations that are allowed."""
+    supported = cpu.cpu.cpuid(_XSTATE_LEAF).eax & XCR0_BITS
+    x87, sse, avx, opmask, zmm_high, zmm, tile_config, tile_data = (xcr0 >> n & 1 for n in (0, 1, 2, 5, 6, 7, 17, 18))
+    consistent = sse >= avx >= opmask and opmask == zmm_high == zmm and tile_config == tile_data
+    return not xcr0 & ~(supported & xfam) and bool(x87) and consistent
 
 
 def has(bits: int, bit: int) -> bool:

@@ -42,6 +42,19 @@ def arch_capabilities(native: int, config: int, *, tsx: bool) -> int | None:
     return value if tsx else value & ~(1 << TSX_CTRL)
 
 
+_MUST_BE_1: Final = _mask(0, 1, 3, 5, 6, 8, 12, 13, 14, 15)
+_RSBA: Final = _mask(2)
+
+
+def virtual_arch_capabilities_allowed(native: int, value: int, *, tsx: bool) -> bool:
+    """Whether a TD that comes from another platform can have this value (``check_virt_ia32_arch_capabilities``)."""
+    if value & (_FIXED0 | _RSBA) or ~value & _MUST_BE_1:
+        return False
+    if value & ~native & _ALLOWED or native & ~value & _FORCED:
+        return False
+    return not tsx or has(value, TSX_CTRL)
+
+
 # -- MSR bitmaps -----------------------------------------------------------------------------------------------------
 
 
