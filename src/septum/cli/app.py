@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from septum.cli.boot import boot
 from septum.cli.conform import conform
 from septum.cli.contention import contention
 from septum.cli.explore import explore
@@ -18,6 +19,7 @@ from septum.cli.run import run
 from septum.cli.status import status
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "boot": boot,
     "measure": measure,
     "conform": conform,
     "contention": contention,

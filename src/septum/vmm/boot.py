@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -74,6 +74,16 @@ class BootResult:
         return sum(phase.seamcalls for phase in self.phases)
 
     @property
+    def accepted_4k(self) -> int:
+        """Pages of 4 KiB that the guest accepted, at once or when it touched them."""
+        return sum(done.accepted_4k + done.accepted_on_ve for done in self.done if done)
+
+    @property
+    def accepted_2m(self) -> int:
+        """Pages of 2 MiB that the guest accepted at once."""
+        return sum(done.accepted_2m for done in self.done if done)
+
+    @property
     def busy(self) -> int:
         """SEAMCALLs that found an operand busy."""
         return sum(by_status.get(BUSY, 0) for by_status in self.counts.values())
@@ -87,8 +97,9 @@ class BootResult:
 class _Phases:
     """Counts and times between the beginnings of phases."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, progress: Callable[[str], None]) -> None:
         self._host = host
+        self._progress = progress
         self._name = ""
         self._before: dict[str, int] = {}
         self._start = 0.0
@@ -102,6 +113,7 @@ class _Phases:
             by_leaf = {leaf: n for leaf, n in made.items() if n}
             self.finished.append(Phase(self._name, by_leaf, now - self._start))
         self._name, self._before, self._start = name, counts, now
+        self._progress(name)
 
     def _counts(self) -> dict[str, int]:
         return {leaf: sum(by_status.values()) for leaf, by_status in self._host.counts.items()}
@@ -125,12 +137,13 @@ def boot(
     choose: Chooser = solo,
     level: int | None = None,
     trace: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> BootResult:
     """Builds a TD from a firmware image, lets its vCPUs run a script, destroys it, and checks what must hold.
 
     ``guest`` is a ready script by name, doing ``job``, or a script. Of ``attributes`` the TD has what KVM supports.
     The schedule is solo unless ``choose`` says otherwise; ``level`` is the granularity of steps (by default none in a
-    solo run), ``trace`` keeps the events. Changes the world of this process.
+    solo run), ``trace`` keeps the events, ``progress`` is told what begins. Changes the world of this process.
 
     :raises UsageError: when there is no such VM: memory that does not hold the image, more vCPUs than CPUs, an unknown
         kernel, platform or script.
@@ -151,7 +164,7 @@ def boot(
     host = Host(machine, kernel if isinstance(kernel, Kernel) else Kernel(kernel))
     host.boot()
     free_before, counts_before = host.pages.in_use, host.counts
-    phases = _Phases(host)
+    phases = _Phases(host, progress)
     guests = [ScriptedGuest(code, f"guest{i}") for i in range(vcpus)]
     qemu = Qemu(host, image, layout, guests, attributes=attributes, phase=phases.begin)
     outcome = run([*qemu.programs(), *host.interrupt_contexts()], choose, level=level, keep_events=trace)
