@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from septum.arch.cpuid import CpuModel
 from septum.kvm.abi import Cpuid2, CpuidEntry2, TdxCapabilities, TdxInitMemRegion, TdxInitVm, unpack_cpuid2
-
 from septum.kvm.sysinfo import GUEST_PHYS_BITS
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from septum.kvm.bringup import do_global_key_config, tdx_cpu_enable
+from septum.kvm.hotplug import take_cpu_down
 from septum.kvm.tdx.associate import tdx_flush_vp
 from septum.kvm.tdx.keys import smp_func_do_phymem_cache_wb
 from septum.kvm.tdx.td import tdx_do_tdh_mng_key_config
@@ -26,6 +27,7 @@ def register_functions(host: Host) -> None:
         ack_kick,
         do_global_key_config,
         smp_func_do_phymem_cache_wb,
+        take_cpu_down,
         tdx_cpu_enable,
         tdx_do_tdh_mng_key_config,
         tdx_flush_vp,

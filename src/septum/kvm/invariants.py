@@ -1,0 +1,67 @@
+"""Properties of a host that hold in every state, for runs and explorations.
+
+What is checked where it happens (lock order, sleeping in atomic context, freeing what the module owns, lists of vCPUs)
+is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from septum.arch import sept
+from septum.arch.pages import PAGE_MASK
+from septum.core.steps import require
+from septum.kvm.mmu.spte import PG_LEVEL_4K, is_frozen_spte, read_spte, spte_to_pa
+from septum.kvm.mmu.walk import present_sptes
+from septum.tdx.secure_ept import walk_sept
+
+if TYPE_CHECKING:
+    from septum.kvm.host import Host
+    from septum.kvm.vm import Vm
+
+
+def no_bug(host: Host, vms: Callable[[], list[Vm]]) -> Callable[[], None]:
+    """No VM is bugged: KVM_BUG_ON is never reached."""
+
+    def check() -> None:
+        for kvm in vms():
+            require(not kvm.vm_bugged, "KVM_BUG_ON is never reached", f"{kvm} is bugged")
+
+    return check
+
+
+def mirror_agrees(vms: Callable[[], list[Vm]]) -> Callable[[], None]:
+    """While nobody holds ``mmu_lock``, a page that is in the mirror is in the Secure EPT, at the same address.
+
+    Except for pages that are premapped (6.16 to 6.18, during the build)."""
+
+    def check() -> None:
+        for kvm in vms():
+            if kvm.mirror_root and kvm.mmu_lock.writer is None and not kvm.mmu_lock.readers:
+                _compare(kvm)
+
+    return check
+
+
+def _compare(kvm: Vm) -> None:
+    module = kvm.host.module
+    td = module.td(kvm.tdr_page)
+    every_gfn = kvm.shared_gpa_bit >> 12
+    premapped = 0
+    for found in present_sptes(kvm, kvm.mirror_root, True, 0, every_gfn, PG_LEVEL_4K, 0):
+        entry = walk_sept(module, td, found.gfn << 12, 0)
+        require(not is_frozen_spte(read_spte(kvm, found.sptep, True)), "no SPTE stays frozen", f"gfn {found.gfn:#x}")
+        if entry.level or sept.is_free(entry.value):
+            premapped += 1
+            continue
+        require(
+            entry.value & PAGE_MASK == spte_to_pa(found.spte),
+            "mirror and Secure EPT agree",
+            f"gfn {found.gfn:#x}: SPTE {found.spte:#x}, Secure EPT entry {entry.value:#x}",
+        )
+    require(
+        premapped == kvm.nr_premapped,
+        "mirror and Secure EPT agree",
+        f"{premapped} pages of {kvm} are only in the mirror, {kvm.nr_premapped} of them premapped",
+    )
