@@ -129,7 +129,7 @@ def test_run_draws_a_run(septum: Septum) -> None:
         (["explore", "trylock", "--bound", "states"], "states=N"),
         (["explore", "trylock", "--bound", "states=0"], "above 0"),
         (["explore", "trylock", "--bound", "executions=3"], "states=N"),
-        (["explore", "trylock", "--strategy", "luck"], "states, random"),
+        (["explore", "trylock", "--strategy", "luck"], "states, dpor, pct, random"),
         (["run", "trylock", "--strategy", "states"], "random, round-robin, solo"),
         (["run", "trylock", "--times", "0"], "'--times'"),
         (["run", "trylock", "--seed", "-1"], "'--seed'"),
@@ -156,3 +156,24 @@ def test_list(septum: Septum, kind: str, name: str) -> None:
     words = septum("list", kind).out
     assert words.isascii()
     assert max(map(len, words.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("strategy", ["dpor", "pct", "random"])
+def test_every_strategy_finds_the_race_shrinks_it_and_writes_it(septum: Septum, strategy: str) -> None:
+    answer = septum("explore", *RACE, "--strategy", strategy, "--json")
+    assert answer.status == 1
+    found = answer.json
+    assert (found["verdict"], found["property"], found["states"]) == ("violated", "no lost update", None)
+    again = septum("replay", found["counterexample"], "--json").json
+    assert (again["same"], again["property"], again["message"]) == (True, found["property"], found["message"])
+    schedule = json.loads((septum.home / found["counterexample"]).read_text())["schedule"]
+    assert len(schedule.split()) == 3, "two context switches are the fewest"
+
+
+def test_dpor_proves_within_its_bounds_only(septum: Septum) -> None:
+    small = ("explore", "trylock", "--param", "vcpus=2", "--param", "rounds=1", "--strategy", "dpor", "--json")
+    proved = septum(*small).json
+    assert (proved["verdict"], proved["property"], proved["bounds"]) == ("proved", None, {"depth": 10_000})
+    assert septum(*small, "--bound", "executions=10").json["verdict"] == "bounded"
+    cut = septum(*small, "--bound", "depth=5").json
+    assert (cut["verdict"], cut["bounds"]) == ("bounded", {"depth": 5})

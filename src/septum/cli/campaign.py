@@ -42,12 +42,14 @@ def sample_runs(
 ) -> Sampled:
     """Runs a scenario ``times`` times, the first with ``seed``, each other with the next one, up to a violation."""
     from septum.lab.recording import sample
+    from septum.lab.stage import Stage
 
     found = Sampled(seed=seed)
+    stage = Stage(scenario, values)
     start = time.perf_counter()
     try:
         for number in range(seed, seed + times):
-            outcome = sample(scenario, values, chooser(number), keep_events=False)
+            outcome = stage.run(chooser(number), keep_events=False)
             found.executions += 1
             found.steps += outcome.steps
             found.seed = number

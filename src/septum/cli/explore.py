@@ -14,9 +14,10 @@ from septum.cli.output import Progress, fill, show
 if TYPE_CHECKING:
     from septum.core.run import Outcome
     from septum.lab import scenario as lab
+    from septum.lab.recording import Recording
 
 SAMPLES = 1000
-"""Runs of ``--strategy random`` unless ``--bound executions=N`` says otherwise."""
+"""Runs of ``--strategy pct`` or ``random`` unless ``--bound executions=N`` says otherwise."""
 
 
 def explore(
@@ -33,7 +34,12 @@ def explore(
         ),
     ],
     strategy: Annotated[
-        str, typer.Option("--strategy", metavar="states|random", help="Every state once, or seeded random runs.")
+        str,
+        typer.Option(
+            "--strategy",
+            metavar="states|dpor|pct|random",
+            help="Every state once, every order of conflicting steps, or seeded runs.",
+        ),
     ] = "states",
     seed: Seed = 0,
     as_json: Json = False,
@@ -53,8 +59,10 @@ def explore(
     progress = Progress(quiet=quiet)
     if strategy == "states":
         record, outcomes = _every_state(chosen, values, bounds, progress)
+    elif strategy == "dpor":
+        record, outcomes = _every_order(chosen, values, bounds, progress)
     else:
-        record, outcomes = _samples(chosen, values, bounds, seed, progress)
+        record, outcomes = _samples(chosen, values, strategy, bounds, seed, progress)
     progress.clear()
     record = {
         "scenario": chosen.name,
@@ -71,7 +79,12 @@ def explore(
     return STATUS[record["verdict"]]
 
 
-KNOWN_BOUNDS = {"states": ("states", "depth", "seconds"), "random": ("executions",)}
+KNOWN_BOUNDS = {
+    "states": ("states", "depth", "seconds"),
+    "dpor": ("executions", "depth", "seconds"),
+    "pct": ("executions",),
+    "random": ("executions",),
+}
 """Which bounds each strategy has."""
 
 
@@ -93,7 +106,9 @@ def summary(record: dict[str, Any]) -> str:
     """The verdict as a sentence, with what it is based on."""
     within = " and ".join(f"{name}={number:,}" for name, number in record["bounds"].items())
     words = {
-        "proved": "proved: every reachable state was looked at",
+        "proved": "proved: every reachable state was looked at"
+        if record["states"] is not None
+        else "proved: every order of steps that have anything to do with each other was run",
         "bounded": f"bounded: nothing found within {within}",
         "sampled": "sampled: nothing found in these runs, which are not all",
         "interrupted": "interrupted: nothing found up to here",
@@ -143,25 +158,75 @@ def _every_state(
     }, outcomes
 
 
-def _samples(
-    scenario: lab.Scenario, values: dict[str, lab.Value], bounds: dict[str, int], seed: int, progress: Progress
+def _every_order(
+    scenario: lab.Scenario, values: dict[str, lab.Value], bounds: dict[str, int], progress: Progress
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """Samples random runs; the run, if any, is the counterexample."""
-    from septum.core.run import at_random
+    """Runs every order of conflicting steps; the runs are those of the counterexample, shrunk."""
+    from septum.core.dpor import RunBounds
+    from septum.lab.recording import counterexample
+    from septum.lab.strategies import reduce
+
+    def tell(executions: int, steps: int, depth: int) -> None:
+        progress(f"{executions:,} runs, {steps:,} steps, the last one different from step {depth:,} on")
+
+    limits = RunBounds(**bounds)
+    bounds["depth"] = limits.depth
+    verdict = reduce(scenario, values, limits, tell)
+    path: str | None = None
+    outcomes: list[Outcome] = []
+    if verdict.verdict == "violated":
+        path, outcomes = _write_shrunk(counterexample(scenario, values, verdict)[0])
+    return {
+        "verdict": verdict.verdict,
+        "property": verdict.property,
+        "message": outcomes[-1].message if outcomes else verdict.message,
+        "executions": verdict.executions,
+        "steps": verdict.steps,
+        "states": None,
+        "transitions": None,
+        "pruned": verdict.pruned,
+        "seconds": verdict.seconds,
+        "counterexample": path,
+    }, outcomes
+
+
+def _write_shrunk(recording: Recording) -> tuple[str, list[Outcome]]:
+    """Shrinks a counterexample and writes it; returns the file's name and the runs behind it."""
+    from septum.lab.recording import replay
+    from septum.lab.shrink import shrink
+
+    small = shrink(recording)
+    return write_counterexample(small), replay(small)
+
+
+def _samples(
+    scenario: lab.Scenario,
+    values: dict[str, lab.Value],
+    strategy: str,
+    bounds: dict[str, int],
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Samples seeded runs; the run that violates a property, if any, is the counterexample, shrunk."""
     from septum.lab.recording import record
+    from septum.lab.strategies import sampler
 
     times = bounds.get("executions", SAMPLES)
-    found = sample_runs(scenario, values, at_random, times=times, seed=seed, progress=progress)
-    shown = found.shown if found.verdict == "violated" else None
+    choosers = sampler(scenario, values, strategy)
+    found = sample_runs(scenario, values, choosers, times=times, seed=seed, progress=progress)
+    path: str | None = None
+    outcomes: list[Outcome] = []
+    if found.verdict == "violated" and found.shown:
+        path, outcomes = _write_shrunk(record(scenario, values, found.shown))
     return {
         "verdict": found.verdict,
-        "property": shown.violation if shown else None,
-        "message": shown.message if shown else "",
+        "property": outcomes[-1].violation if outcomes else None,
+        "message": outcomes[-1].message if outcomes else "",
         "executions": found.executions,
         "steps": found.steps,
         "states": None,
         "transitions": None,
         "seconds": found.seconds,
         "seed": found.seed,
-        "counterexample": write_counterexample(record(scenario, values, shown)) if shown else None,
-    }, [shown] if shown else []
+        "counterexample": path,
+    }, outcomes

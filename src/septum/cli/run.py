@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from septum.arch.errors import UsageError
 from septum.cli.campaign import STATUS, diagrams, events_of, sample_runs, title, write_counterexample
 from septum.cli.options import Json, Params, Quiet, Scenario, Seed, count
 from septum.cli.output import Progress, show
@@ -19,7 +18,7 @@ def run(
         int, typer.Option("--times", min=1, metavar="N", help="How many runs, each with a seed of its own.")
     ] = 1,
     strategy: Annotated[
-        str, typer.Option("--strategy", metavar="random|round-robin|solo", help="Who goes on when several can.")
+        str, typer.Option("--strategy", metavar="pct|random|round-robin|solo", help="Who goes on when several can.")
     ] = "random",
     seed: Seed = 0,
     as_json: Json = False,
@@ -30,17 +29,15 @@ def run(
     The first run has the seed given, each other the next one. The diagram is that of the run that violates a property,
     or else of the last. Exit status 1 when a property is violated.
     """
-    from septum.core.run import at_random, round_robin, solo
     from septum.lab.recording import record as recording_of
     from septum.lab.scenario import find_scenario
+    from septum.lab.strategies import sampler
 
-    choosers = {"random": at_random, "round-robin": lambda seed: round_robin, "solo": lambda seed: solo}
-    if strategy not in choosers:
-        raise UsageError(f"there is no strategy {strategy!r}: give one of {', '.join(choosers)}")
     chosen = find_scenario(scenario)
     values = chosen.values(params)
     progress = Progress(quiet=quiet)
-    found = sample_runs(chosen, values, choosers[strategy], times=times, seed=seed, progress=progress)
+    choosers = sampler(chosen, values, strategy)
+    found = sample_runs(chosen, values, choosers, times=times, seed=seed, progress=progress)
     progress.clear()
     shown = found.shown
     violation = shown.violation if shown else None

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from septum import __version__
 from septum.arch.errors import UsageError
+from septum.core.dpor import RunVerdict
 from septum.core.explore import Bounds, Explorer, Verdict
 from septum.core.run import Chooser, Outcome, recorded, run
 from septum.core.trace import pack_schedule, unpack_schedule
@@ -166,7 +167,7 @@ def replay(recording: Recording) -> list[Outcome]:
 
 
 def counterexample(
-    scenario: Scenario, values: Mapping[str, Value], verdict: Verdict
+    scenario: Scenario, values: Mapping[str, Value], verdict: Verdict | RunVerdict
 ) -> tuple[Recording, list[Outcome]]:
     """The runs behind a ``violated`` verdict, run live along their schedules."""
     witnesses = tuple(map(tuple, verdict.witnesses))

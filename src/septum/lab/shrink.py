@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 
 from septum.core.run import Chooser, Outcome, solo
-from septum.lab.recording import Recording, record, sample
+from septum.lab.recording import Recording, record
 from septum.lab.scenario import find_scenario
+from septum.lab.stage import Stage
 
 #: Runs along a chooser for so many steps at most; the outcome's trace has the schedule that was taken.
 Attempt = Callable[[Chooser, int], Outcome]
@@ -55,21 +56,20 @@ def shrink_schedule(attempt: Attempt, schedule: Sequence[int], prop: str | None,
 
 
 def shrink(recording: Recording, *, budget: int = STEPS) -> Recording:
-    """A recording of a smaller run that violates the same property; of the same run if there is none.
+    """A recording of a smaller run that violates the same property; of the same run if it cannot be made to.
 
     Where it takes several runs (a cycle in the lock order), each is shrunk while the others stay, and one that
     is not needed is left out.
     """
     scenario = find_scenario(recording.scenario)
+    stage = Stage(scenario, recording.parameters)
     runs = [list(run) for run in (*recording.witnesses, recording.schedule)]
 
     def outcomes(place: int, choose: Chooser, steps: int) -> list[Outcome]:
         """All runs with another one at ``place``. Also ends where that is given as no run at all."""
         order: dict[tuple[str, str], str] = {}
         return [
-            sample(
-                scenario,
-                recording.parameters,
+            stage.run(
                 choose if i == place else following(run),
                 max_steps=steps if i == place else len(run),
                 lock_order=order,
@@ -88,6 +88,8 @@ def shrink(recording: Recording, *, budget: int = STEPS) -> Recording:
 
         runs[place] = shrink_schedule(attempt, runs[place], recording.property, budget=budget)
     last = outcomes(-1, solo, 0)[-1]
+    if last.violation != recording.property:
+        return recording
     return record(scenario, recording.parameters, last, [run for run in runs[:-1] if run])
 
 
