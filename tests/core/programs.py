@@ -18,13 +18,22 @@ State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 Instruction = tuple[str, int, int]
 #: Programs, one a task.
 Texts = tuple[tuple[Instruction, ...], ...]
+CELLS = 6
 OPERATIONS = ("load", "store", "add", "set", "skip_if", "wait")
 
 
-def texts(tasks: int = 3, length: int = 4, cells: int = 4) -> st.SearchStrategy[Texts]:
+def texts(tasks: int = 3, length: int = 4, cells: int = CELLS) -> st.SearchStrategy[Texts]:
     """Programs for up to so many tasks."""
     instruction = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, cells - 1), st.integers(0, 2))
     return st.lists(st.lists(instruction, max_size=length).map(tuple), min_size=1, max_size=tasks).map(tuple)
+
+
+def looping_texts() -> st.SearchStrategy[Texts]:
+    """Programs of which some start over for ever."""
+    again: Instruction = ("again", 0, 0)
+    return st.tuples(texts(length=3), st.tuples(*[st.booleans()] * 3)).map(
+        lambda drawn: tuple((*text, again) if loops else text for text, loops in zip(*drawn, strict=False))
+    )
 
 
 WAITS = ("wait", "both", "either")
@@ -62,7 +71,7 @@ class Machine(Fixed):
             self.table.store(cell, value)
 
     def values(self) -> tuple[int, ...]:
-        return tuple(self.get(cell) for cell in range(4))
+        return tuple(self.get(cell) for cell in range(CELLS))
 
 
 def may_go_on(read: Callable[[int], int], operation: str, cell: int, operand: int) -> bool:
@@ -80,12 +89,17 @@ def may_go_on(read: Callable[[int], int], operation: str, cell: int, operand: in
 async def interpret(machine: Machine, instructions: tuple[Instruction, ...]) -> int:
     """Runs a program; each instruction is one step."""
     register = 0
-    for operation, cell, operand in instructions:
+    place = 0
+    while place < len(instructions):
+        operation, cell, operand = instructions[place]
+        place += 1
         if operation in WAITS:
             await wait_until(partial(may_go_on, machine.get, operation, cell, operand), operation, cell)
             continue
         await step(operation, cell)
         match operation:
+            case "again":
+                place = 0
             case "load":
                 register = machine.get(cell)
             case "store":
@@ -129,16 +143,17 @@ def successors(texts: Texts, state: State) -> dict[int, State]:
             value = operand
         elif operation == "skip_if" and value == operand:
             after = -1
+        following = 0 if operation == "again" else place + 1
         found[i] = (
             (*cells[:cell], value, *cells[cell + 1 :]),
-            (*tasks[:i], (place + 1, after), *tasks[i + 1 :]),
+            (*tasks[:i], (following, after), *tasks[i + 1 :]),
         )
     return found
 
 
 def initial(texts: Texts) -> State:
     """The initial state."""
-    return (0,) * 4, tuple((0, 0) for _ in texts)
+    return (0,) * CELLS, tuple((0, 0) for _ in texts)
 
 
 def end_of(texts: Texts, state: State) -> Any:

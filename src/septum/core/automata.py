@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from septum.core.cells import World
+from septum.arch.errors import UsageError
+from septum.core.cells import Cell, World
 from septum.core.locality import freeze, local_state
 from septum.core.recorders import Feeding, Recording
 from septum.core.run import deadlock_message
 from septum.core.steps import SOLO, Program, Step, Violation, ctx, require
-from septum.core.vectors import Cell, Vector, Vectors
+from septum.core.symmetry import Numbers, Renaming
+from septum.core.vectors import Vector, Vectors
 
 #: What a task read in one step, in order.
 Log = tuple[Any, ...]
@@ -32,13 +34,14 @@ class Local:
     ``result`` is what the task returned, in a local state where it has ended.
     """
 
-    __slots__ = ("ended", "log", "number", "parent", "pending", "result", "spare", "task")
+    __slots__ = ("ended", "key", "log", "number", "parent", "pending", "result", "spare", "task")
 
     def __init__(self, number: int, task: int, parent: Local | None, log: Log, halt: _Halt) -> None:
         self.number = number
         self.task = task
         self.parent = parent
         self.log = log
+        self.key = halt.key
         self.pending = halt.step
         self.ended = halt.ended
         self.result = halt.result
@@ -73,13 +76,23 @@ class _Halt:
 
 
 class Effect:
-    """A leaf of a decision tree: what a step does; and whether the task got on (``steps.progress``)."""
+    """A leaf of a decision tree: what a step does.
 
-    __slots__ = ("hash", "progress", "violation", "writes")
+    ``after`` is the number of the local state that follows (-1: none, the step violates a property); ``progress`` is
+    whether the task got on (:func:`septum.core.steps.progress`).
+    """
+
+    __slots__ = ("after", "hash", "progress", "violation", "writes")
 
     def __init__(
-        self, change: int, writes: tuple[tuple[int, Any], ...], violation: Violation | None, progress: bool
+        self,
+        change: int,
+        writes: tuple[tuple[int, Any], ...],
+        after: int,
+        violation: Violation | None,
+        progress: bool,
     ) -> None:
+        self.after = after
         self.hash = change
         self.writes = writes
         self.violation = violation
@@ -100,15 +113,23 @@ class Automata:
     ``[place, {value: subtree}]``, or a leaf.
     """
 
-    def __init__(self, world: World, programs: Sequence[Program], *, check_merges: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        programs: Sequence[Program],
+        *,
+        exchanges: Sequence[Renaming] = (),
+        check_merges: bool = False,
+    ) -> None:
         self.world = world
         self.programs = list(programs)
         self.check_merges = check_merges
         self.runs = 0
-        self.vectors = Vectors()
+        self.vectors = Vectors(Numbers(exchanges))
         self.trees: list[Any] = []
         self.locals: list[Local] = []
-        self.watcher: Watcher | None = None
+        self.watchers: list[Watcher] = []
+        self._ranks: dict[Any, int] = {}
         self._by_key: dict[Any, Local] = {}
         self._others: dict[int, list[tuple[Local, Log]]] = {}
         self._prelude: list[Recording] = []
@@ -124,7 +145,16 @@ class Automata:
             self._prelude.append(recording)
             local = self._new_local(task, None, tuple(recording.log), halt)
             local.spare = body
-            self.vectors.add(local.number)
+            self.vectors.add_task(local.number, local.key)
+        for exchange in self.vectors.numbers.exchanges:
+            for task, other in enumerate(exchange.tasks):
+                if exchange.local(self.locals[task].key) != self.locals[other].key:
+                    one, two = (self.programs[i].task.name for i in (task, other))
+                    raise UsageError(f"tasks {one!r} and {two!r} are declared equal, but do not start alike")
+
+    def rank(self, number: int) -> int:
+        """How early a local state became known, or one of another task that can take its place."""
+        return self._ranks[self.locals[number].key]
 
     def to_initial(self) -> None:
         self.vectors.load(self.vectors.initial)
@@ -199,21 +229,29 @@ class Automata:
             for cell, value in recording.written.items()
             if cell in self.vectors.cells or value != recording.before[cell]
         }
-        changes = [(place, recording.before[cell], recording.written[cell]) for cell, place in places.items()]
-        if after is not None:
-            changes.append((local.task, local.number, after.number))
-        change, number = 0, self.vectors.number
-        for place, old, new in changes:
-            change ^= number(place, old) ^ number(place, new)
-        writes = tuple((place, new) for place, old, new in changes if old != new)
+        change, writes = 0, []
+        for cell, place in places.items():
+            old, new = recording.before[cell], recording.written[cell]
+            if old != new:
+                change ^= self.vectors.number(cell, old) ^ self.vectors.number(cell, new)
+                writes.append((place, new))
+        if after is not None and after is not local:
+            change ^= self._number(local) ^ self._number(after)
+            writes.append((local.task, after.number))
         # A cell that the step wrote without reading still matters: the change of the hash depends on its old value.
         reads = recording.first | {cell: recording.before[cell] for cell in places if cell not in recording.first}
-        return self._file(local, recording, reads, Effect(change, writes, violation, ctx.progressed), after)
+        return self._file(
+            local,
+            recording,
+            reads,
+            Effect(change, tuple(writes), -1 if after is None else after.number, violation, ctx.progressed),
+            after,
+        )
 
     def _file(self, local: Local, recording: Recording, reads: dict[Cell, Any], leaf: Any, after: Local | None) -> Any:
         self.trees[local.number] = self.vectors.file(self.trees[local.number], reads, leaf)
-        if self.watcher:
-            self.watcher(local, recording, after)
+        for watcher in self.watchers:
+            watcher(local, recording, after)
         return leaf
 
     def _following(self, local: Local, body: Coroutine[Step, None, Any], halt: _Halt, log: Log) -> Local:
@@ -232,8 +270,15 @@ class Automata:
     def _new_local(self, task: int, parent: Local | None, log: Log, halt: _Halt) -> Local:
         local = self._by_key[halt.key] = Local(len(self.locals), task, parent, log, halt)
         self.locals.append(local)
+        if halt.key not in self._ranks:
+            self._ranks[halt.key] = local.number
+            for exchange in self.vectors.numbers.exchanges:
+                self._ranks[exchange.local(halt.key)] = local.number
         self.trees.append(ENDED if halt.ended else None)
         return local
+
+    def _number(self, local: Local) -> int:
+        return self.vectors.local(local.task, local.number, local.key)
 
     def _coroutine(self, local: Local) -> Coroutine[Step, None, Any]:
         """A coroutine that stands in ``local``."""

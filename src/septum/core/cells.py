@@ -21,6 +21,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 K = TypeVar("K")
 V = TypeVar("V")
 
+#: A cell: the shared object and the field or key in it.
+Cell = tuple[Any, Any]
+
 #: Key of the pseudo-cell that stands for "which keys does this map hold" (only for maps that are iterated).
 KEYS = "*keys*"
 

@@ -20,18 +20,22 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 from septum.core.automata import Automata, Invariant, Observer
 from septum.core.cells import World
 from septum.core.functions import StateFunction, first_violation
 from septum.core.preemption import PreemptionSearch
+from septum.core.reduction import FOOTPRINT, LOCK_FREE, Reduction
 from septum.core.search import Search
 from septum.core.steps import CALLS, Program, Violation, ctx
+from septum.core.symmetry import SYMMETRY, Check, renamings
 from septum.core.verdict import Bounds, Verdict
 
-__all__ = ["Bounds", "Explorer", "Progress", "Verdict"]
+__all__ = ["REDUCTIONS", "Bounds", "Explorer", "Progress", "Verdict"]
+
+#: What can make fewer states do, without another verdict.
+REDUCTIONS = (LOCK_FREE, FOOTPRINT, SYMMETRY)
 
 #: Called now and then with states, transitions, depth and states that are still to be expanded.
 Progress = Callable[[int, int, int, int], None]
@@ -45,6 +49,10 @@ class Explorer:
     :param stop: a state where it holds is an end, though tasks could go on: the module has halted, say.
     :param exact: identify states by their whole vector instead of its hash.
     :param depth_first: go deep first, which takes less memory; counterexamples are then not the shortest.
+    :param reductions: which of :data:`REDUCTIONS` may be used; with any of them counterexamples are not the shortest.
+        Those of the order of steps are left out where they would not keep what is asked for: with a bound on depth or
+        preemptions, or when ends by ``stop`` are observed. Symmetry needs hashes: it is left out in exact mode, and
+        with a bound on preemptions.
     :param check_merges: run each step from every history that led to a local state and compare (slow; for tests).
     """
 
@@ -59,19 +67,19 @@ class Explorer:
         level: int = CALLS,
         exact: bool = False,
         depth_first: bool = False,
+        reductions: Collection[str] = (),
         check_merges: bool = False,
     ) -> None:
         self.world = world
         self.programs = list(programs)
         self.level = level
         self.depth_first = depth_first
-        self._automata = Automata(world, programs, check_merges=check_merges)
-        self._options: dict[str, Any] = {
-            "exact": exact,
-            "check": StateFunction(self._automata, first_violation(invariants)) if invariants else None,
-            "stop": StateFunction(self._automata, stop) if stop else None,
-            "observer": observer,
-        }
+        self.exact = exact
+        self.check_merges = check_merges
+        self.reductions = frozenset(reductions)
+        self.invariants = invariants
+        self.observer = observer
+        self.stop = stop
 
     def explore(self, bounds: Bounds | None = None, progress: Progress | None = None) -> Verdict:
         """Looks at every state within ``bounds``.
@@ -87,42 +95,85 @@ class Explorer:
         ctx.level, ctx.trace, ctx.lock_order, ctx.cycles = self.level, None, {}, []
         collecting = gc.isenabled()
         gc.disable()  # states are never garbage, and walking millions of them costs half of the time
+        verdict.reductions = self._usable(bounds)
+        exchanges = renamings(self.world, self.programs) if SYMMETRY in verdict.reductions else ()
+        automata = Automata(self.world, self.programs, exchanges=exchanges, check_merges=self.check_merges)
+        if exchanges:
+            automata.watchers.append(Check(exchanges, automata.vectors.cells).watch)
         try:
-            self._automata.start()
-            self._explore(bounds, verdict, start, progress)
+            automata.start()
+            self._explore(automata, bounds, verdict, start, progress)
         finally:
-            self._automata.to_initial()
+            automata.to_initial()
             self.world.track(None)
             ctx.level, ctx.task, ctx.trace, ctx.cycles = before
             if collecting:
                 gc.enable()
         verdict.seconds = time.perf_counter() - start
-        verdict.runs = self._automata.runs
-        verdict.cells = len(self._automata.vectors.cells)
-        verdict.local_states = len(self._automata.locals)
-        if not self._options["exact"]:
-            verdict.collision_probability = verdict.states**2 / 2**65
+        verdict.runs = automata.runs
+        verdict.cells = len(automata.vectors.cells)
+        verdict.local_states = len(automata.locals)
+        if not self.exact:
+            verdict.collision_probability = (verdict.states * (1 + len(exchanges))) ** 2 / 2**65
         return verdict
 
-    def _explore(self, bounds: Bounds, verdict: Verdict, start: float, progress: Progress | None) -> None:
-        if bounds.preemptions is None:
-            search = Search(self._automata, verdict, depth_first=self.depth_first, **self._options)
-        else:
-            search = PreemptionSearch(self._automata, verdict, **self._options)
-        search.begin()
-        try:
-            self._levels(search, bounds, start, progress)
-        except KeyboardInterrupt:
-            verdict.verdict = "interrupted"
+    def _usable(self, bounds: Bounds) -> tuple[str, ...]:
+        """The reductions that keep what is asked for."""
+        usable = set(self.reductions)
+        if bounds.depth is not None or bounds.preemptions is not None or (self.stop and self.observer):
+            usable -= {LOCK_FREE, FOOTPRINT}
+        if self.exact or bounds.preemptions is not None or not any(program.group for program in self.programs):
+            usable -= {SYMMETRY}
+        return tuple(name for name in REDUCTIONS if name in usable)
+
+    def _explore(
+        self, automata: Automata, bounds: Bounds, verdict: Verdict, start: float, progress: Progress | None
+    ) -> None:
+        check = StateFunction(automata, first_violation(self.invariants)) if self.invariants else None
+        stop = StateFunction(automata, self.stop) if self.stop else None
+        reduction: Reduction | None = None
+        if {LOCK_FREE, FOOTPRINT} & {*verdict.reductions}:
+            reduction = Reduction(automata, verdict.reductions, [f for f in (check, stop) if f])
+        kind = Search if bounds.preemptions is None else PreemptionSearch
+        edges: dict[tuple[str, str], list[int]] = {}
+        again = True
+        while again:
+            search = kind(
+                automata,
+                verdict,
+                edges,
+                depth_first=self.depth_first,
+                exact=self.exact,
+                check=check,
+                stop=stop,
+                observer=self.observer,
+                choose=reduction.choose if reduction else None,
+                fold=automata.vectors.numbers.fold(),
+            )
+            search.begin()
+            if reduction:
+                reduction.stale()
+            try:
+                again = not self._levels(search, bounds, start, progress, reduction)
+            except KeyboardInterrupt:
+                verdict.verdict = "interrupted"
+                again = False
         verdict.states, verdict.transitions, verdict.unexpanded = search.states, search.transitions, search.left()
         if verdict.verdict in ("proved", "bounded") and ctx.cycles:
             cycle, message = ctx.cycles[0]
-            *others, last = (search.edges[edge] for edge in cycle)
+            *others, last = (edges[edge] for edge in cycle)
             verdict.violated(Violation("lock order", message), last)
             verdict.witnesses = others
 
-    def _levels(self, search: Search, bounds: Bounds, start: float, progress: Progress | None) -> None:
-        """Expands level after level. Ends early, with the verdict set, at a violation or a bound."""
+    def _levels(
+        self,
+        search: Search,
+        bounds: Bounds,
+        start: float,
+        progress: Progress | None,
+        reduction: Reduction | None,
+    ) -> bool:
+        """Expands level after level, to a violation, a bound or the end. False: a choice of ``reduction`` was wrong."""
         verdict = search.verdict
         preempting = bounds.preemptions is not None
         limit = bounds.preemptions if preempting else None if bounds.depth is None else bounds.depth - 1
@@ -131,10 +182,12 @@ class Explorer:
             full = bounds.states is not None and search.states >= bounds.states
             if full or (bounds.seconds is not None and time.perf_counter() - start > bounds.seconds):
                 verdict.verdict = "bounded"
-                return
+                break
             search.expand()
             if verdict.verdict == "violated":
-                return
+                break
+            if reduction and reduction.stale():
+                return False
             level_done = search.todo in ([], [None])
             if level_done and preempting:
                 verdict.preemptions = level
@@ -145,5 +198,6 @@ class Explorer:
                 if level == limit and search.following:
                     verdict.verdict = "bounded"
                 elif not search.next_level():
-                    return
+                    break
                 level += 1
+        return True

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from septum.core.automata import Automata, Invariant
+from septum.core.cells import Cell
 from septum.core.recorders import Recording
 from septum.core.steps import Violation
-from septum.core.vectors import Cell, Vector
+from septum.core.vectors import Vector
 
 
 class StateFunction:

@@ -39,20 +39,21 @@ class Search:
 
     ``todo`` are the states to expand, from its end, above a ``None``; ``following`` gets their new successors.
     ``choose`` gives the tasks whose steps are to be looked at in a state, if not all are; ``fold`` the name under which
-    states that count as one are known.
+    states that count as one are known. ``edges`` gets a schedule for each pair of the lock order.
     """
 
     def __init__(
         self,
         automata: Automata,
         verdict: Verdict,
+        edges: dict[tuple[str, str], list[int]],
         *,
         depth_first: bool = False,
         exact: bool = False,
         check: StateFunction | None = None,
         stop: StateFunction | None = None,
         observer: Observer | None = None,
-        choose: Callable[[Vector], Iterable[int]] | None = None,
+        choose: Callable[[Search, Vector, Link], Iterable[int]] | None = None,
         fold: Callable[[Any], Any] | None = None,
     ) -> None:
         self.automata = automata
@@ -68,8 +69,7 @@ class Search:
         self.following: list[State | None] = self.todo if depth_first else []
         self.transitions = 0
         self.deepest = 0
-        self.edges: dict[tuple[str, str], list[int]] = {}
-        """For each pair of the lock order, a schedule that shows it."""
+        self.edges = edges
 
     @property
     def states(self) -> int:
@@ -97,6 +97,7 @@ class Search:
             self.fold,
         )
         state: State | None = None
+        begun: State | None = None
         transitions = 0
         try:
             for state in islice(iter(self.todo.pop, None), CHUNK):
@@ -107,7 +108,7 @@ class Search:
                     vector.extend(initial[len(vector) :])
                 depth = 1 if link is None else link[2] + 1
                 moves = blocked = 0
-                for task in tasks if choose is None else choose(vector):
+                for task in tasks if choose is None else choose(self, vector, link):
                     node = trees[vector[task]]
                     while node.__class__ is list:
                         node = node[1].get(vector[node[0]])
@@ -159,6 +160,13 @@ class Search:
             raise
         finally:
             self.transitions += transitions
+
+    def leaf(self, task: int, vector: Vector, link: Link) -> Any:
+        """What the step of ``task`` does in a state (a vector of full length)."""
+        node = self.automata.trees[vector[task]]
+        while node.__class__ is list:
+            node = node[1].get(vector[node[0]])
+        return self.learn(task, vector, link) if node is None else node
 
     def learn(self, task: int, vector: Vector, link: Link) -> Any:
         """What a step does that was never taken with these values; and the lock order that it shows."""

@@ -16,10 +16,10 @@ explicitly, ``wait_until`` is a step that others must enable.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from septum.core.cells import Shared
+from septum.core.cells import Shared, SharedMap
 
 if TYPE_CHECKING:
     from septum.core.trace import Trace
@@ -143,11 +143,25 @@ TaskBody = Callable[[], Coroutine[Step, None, Any]]
 
 
 class Program:
-    """A task and the coroutine function that it runs. Daemons (interrupt contexts) need not come to an end."""
+    """A task and the coroutine function that it runs. Daemons (interrupt contexts) need not come to an end.
 
-    __slots__ = ("body", "daemon", "task")
+    Tasks of one ``group`` are equal: nothing changes when two of them are exchanged together with what each ``owns``
+    (objects of the same kinds, in the same order). A number that stands for a task must then be in no cell.
+    """
 
-    def __init__(self, task: Task, body: TaskBody, *, daemon: bool = False) -> None:
+    __slots__ = ("body", "daemon", "group", "owns", "task")
+
+    def __init__(
+        self,
+        task: Task,
+        body: TaskBody,
+        *,
+        daemon: bool = False,
+        group: str | None = None,
+        owns: Sequence[Shared | SharedMap[Any, Any]] = (),
+    ) -> None:
         self.task = task
         self.body = body
         self.daemon = daemon
+        self.group = group
+        self.owns = owns

@@ -7,45 +7,68 @@ vectors grow by it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
-from septum.core.cells import poke
+from septum.arch.errors import UsageError
+from septum.core.cells import Cell, peek, poke
 from septum.core.steps import require
+from septum.core.symmetry import Numbers
 
-#: A cell: the shared object and the field or key in it.
-Cell = tuple[Any, Any]
 #: A state: local states first, then cells.
 Vector = list[Any]
 
 
 class Vectors:
-    """Places of cells in vectors, and the random number of each value there (xor of all of them is a state's hash)."""
+    """Places of cells in vectors. The xor of the numbers of all values in a vector is the state's hash."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Numbers) -> None:
         self.initial: Vector = []
         self.cells: dict[Cell, int] = {}
-        self.numbers: list[dict[Any, int]] = []
-        self.keys = random.Random(0x5E9)
+        self.numbers = numbers
+        self._places: list[dict[Any, int]] = []
 
-    def add(self, initial: Any) -> int:
-        """A new place, with its value in the initial state, which counts 0 in the hash."""
-        self.initial.append(initial)
-        self.numbers.append({initial: 0})
-        return len(self.initial) - 1
+    def add_task(self, number: int, key: Any) -> None:
+        """The place of a task's local states: the number of the initial one, and its key."""
+        self.numbers.zero(None, key)
+        self._add(number)
 
     def add_cell(self, cell: Cell, initial: Any) -> int:
-        """A new place for a cell."""
-        self.cells[cell] = place = self.add(initial)
+        """A new place for a cell (and those of the cells that can take its place in a symmetrical state).
+
+        :raises UsageError: when such a cell does not start with the value that it should.
+        """
+        self.numbers.zero(cell, initial)
+        self.cells[cell] = place = self._add(initial)
+        for exchange in self.numbers.exchanges:
+            image = exchange.cell(cell)
+            wanted = exchange.value(initial)
+            if self.initial[self.cells[image]] != wanted if image in self.cells else peek(*image) != wanted:
+                raise UsageError(
+                    f"tasks are declared equal, but {image[0]} {image[1]!r} does not start like {cell[0]} {cell[1]!r}"
+                )
+            if image not in self.cells:
+                self.cells[image] = self._add(wanted)
         return place
 
-    def number(self, place: int, value: Any) -> int:
-        """The random number that stands for a value at a place."""
-        numbers = self.numbers[place]
+    def local(self, task: int, number: int, key: Any) -> int:
+        """The number, in the hash, of a task's local state."""
+        return self._number(task, number, None, key)
+
+    def number(self, cell: Cell, value: Any) -> int:
+        """The number, in the hash, of a cell's value."""
+        return self._number(self.cells[cell], value, cell, value)
+
+    def _add(self, initial: Any) -> int:
+        self.initial.append(initial)
+        self._places.append({initial: 0})
+        return len(self.initial) - 1
+
+    def _number(self, place: int, value: Any, subject: Cell | None, meaning: Any) -> int:
+        numbers = self._places[place]
         number = numbers.get(value)
         if number is None:
-            number = numbers[value] = self.keys.getrandbits(64)
+            number = numbers[value] = self.numbers.pieces(subject, meaning)
         return number
 
     def load(self, vector: Sequence[Any]) -> None:
