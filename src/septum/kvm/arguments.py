@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from septum.arch.cpuid import CpuModel
-from septum.kvm.abi import Cpuid2, CpuidEntry2, TdxCapabilities, TdxInitMemRegion, TdxInitVm, unpack_cpuid2
+from septum.kvm.abi import (
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    Cpuid2,
+    CpuidEntry2,
+    TdxCapabilities,
+    TdxInitMemRegion,
+    TdxInitVm,
+    unpack_cpuid2,
+)
 from septum.kvm.sysinfo import GUEST_PHYS_BITS
 
 
@@ -65,9 +73,8 @@ def _native(cpu: CpuModel, bits: CpuidEntry2, gpa_width: int) -> CpuidEntry2:
     eax, ebx, ecx, edx = cpu.cpuid(bits.function, bits.index)
     if bits.function == 0x8000_0008:
         eax = eax & ~GUEST_PHYS_BITS | gpa_width << 16
-    return CpuidEntry2(
-        bits.function, bits.index, bits.flags, eax & bits.eax, ebx & bits.ebx, ecx & bits.ecx, edx & bits.edx
-    )
+    flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX if len(cpu.leaves.get(bits.function, ())) > 1 else 0
+    return CpuidEntry2(bits.function, bits.index, flags, eax & bits.eax, ebx & bits.ebx, ecx & bits.ecx, edx & bits.edx)
 
 
 class Region:
