@@ -67,7 +67,7 @@ def test_invariants_see_all_that_they_would(
     states, _ends, deadlock = brute_force(programs)
     broken = any(cells[one] + cells[other] == 3 for cells, _tasks in states)
     verdict = explored(programs, invariant, depth_first=depth_first, reductions=reductions)
-    allowed = [name for name, found in (("never three", broken), ("no deadlock", deadlock)) if found]
+    allowed: list[str | None] = [name for name, found in (("never three", broken), ("no deadlock", deadlock)) if found]
     assert verdict.property in (allowed or [None])
     assert (verdict.verdict == "violated") == (broken or deadlock)
 

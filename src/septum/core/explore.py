@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Sequence
 from septum.core.automata import Automata, Invariant, Observer
 from septum.core.cells import World
 from septum.core.functions import StateFunction, first_violation
+from septum.core.liveness import LocalGraph, StateGraph, takes_for_ever
 from septum.core.preemption import PreemptionSearch
 from septum.core.reduction import FOOTPRINT, LOCK_FREE, Reduction
 from septum.core.search import Search
@@ -53,6 +54,8 @@ class Explorer:
         Those of the order of steps are left out where they would not keep what is asked for: with a bound on depth or
         preemptions, or when ends by ``stop`` are observed. Symmetry needs hashes: it is left out in exact mode, and
         with a bound on preemptions.
+    :param liveness: also check that no task takes for ever under a fair scheduler (:mod:`septum.core.liveness`), if the
+        whole state space could be looked at otherwise; without reductions.
     :param check_merges: run each step from every history that led to a local state and compare (slow; for tests).
     """
 
@@ -68,6 +71,7 @@ class Explorer:
         exact: bool = False,
         depth_first: bool = False,
         reductions: Collection[str] = (),
+        liveness: bool = False,
         check_merges: bool = False,
     ) -> None:
         self.world = world
@@ -76,7 +80,8 @@ class Explorer:
         self.depth_first = depth_first
         self.exact = exact
         self.check_merges = check_merges
-        self.reductions = frozenset(reductions)
+        self.reductions = frozenset() if liveness else frozenset(reductions)
+        self.liveness = liveness
         self.invariants = invariants
         self.observer = observer
         self.stop = stop
@@ -135,6 +140,7 @@ class Explorer:
         if {LOCK_FREE, FOOTPRINT} & {*verdict.reductions}:
             reduction = Reduction(automata, verdict.reductions, [f for f in (check, stop) if f])
         kind = Search if bounds.preemptions is None else PreemptionSearch
+        graph = LocalGraph(automata) if self.liveness else None
         edges: dict[tuple[str, str], list[int]] = {}
         again = True
         while again:
@@ -155,6 +161,8 @@ class Explorer:
                 reduction.stale()
             try:
                 again = not self._levels(search, bounds, start, progress, reduction)
+                if graph and verdict.verdict == "proved":
+                    self._check_liveness(automata, verdict, graph, stop)
             except KeyboardInterrupt:
                 verdict.verdict = "interrupted"
                 again = False
@@ -164,6 +172,16 @@ class Explorer:
             *others, last = (edges[edge] for edge in cycle)
             verdict.violated(Violation("lock order", message), last)
             verdict.witnesses = others
+
+    def _check_liveness(
+        self, automata: Automata, verdict: Verdict, graph: LocalGraph, stop: StateFunction | None
+    ) -> None:
+        verdict.liveness = True
+        if not graph.all_runs_end():
+            lasso = takes_for_ever(StateGraph(automata, stop, exact=self.exact), automata)
+            if lasso:
+                violation, schedule, verdict.loop = lasso
+                verdict.violated(violation, schedule)
 
     def _levels(
         self,

@@ -35,6 +35,7 @@ class Verdict:
 
     ``depth`` is the number of steps within which everything was looked at (breadth-first), or of the longest path
     (depth-first). ``preemptions`` is the number within which everything was looked at, where they are counted.
+    ``liveness`` is whether it was checked that no task takes for ever.
     ``unexpanded`` states were found and checked, but nothing that follows them was looked at. ``reductions`` are those
     that were in force.
     """
@@ -56,6 +57,7 @@ class Verdict:
     collision_probability: float = 0.0
     unexpanded: int = 0
     preemptions: int | None = None
+    liveness: bool = False
     reductions: tuple[str, ...] = ()
 
     def violated(self, violation: Violation, schedule: list[int]) -> None:
