@@ -191,12 +191,21 @@ def _every_order(
 
 
 def _write_shrunk(recording: Recording) -> tuple[str, list[Outcome]]:
-    """Shrinks a counterexample and writes it; returns the file's name and the runs behind it."""
+    """Writes a counterexample, and then a shrunk one in its place; returns the file's name and the runs behind it."""
+    from pathlib import Path
+
     from septum.lab.recording import replay
     from septum.lab.shrink import shrink
 
-    small = shrink(recording)
-    return write_counterexample(small), replay(small)
+    found = write_counterexample(recording)
+    try:
+        recording = shrink(recording)
+    except KeyboardInterrupt:
+        return found, replay(recording)
+    path = write_counterexample(recording)
+    if path != found:
+        Path(found).unlink()
+    return path, replay(recording)
 
 
 def _samples(

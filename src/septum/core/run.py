@@ -64,7 +64,7 @@ class Outcome:
     """How a live run ended.
 
     ``violation`` is the property that failed and ``message`` what happened, if anything failed. ``results`` has what
-    each task's coroutine returned, in task order (``None`` for one that did not finish).
+    each task's coroutine returned, in task order (``None`` for one that did not finish). ``ended``: nobody can go on.
     """
 
     trace: Trace
@@ -72,6 +72,7 @@ class Outcome:
     violation: str | None = None
     message: str = ""
     results: list[Any] = field(default_factory=list)
+    ended: bool = False
 
 
 def run(
@@ -149,6 +150,7 @@ def _run(
         while True:
             enabled = [i for i, body in enumerate(bodies) if body is not None and _ready(pending[i])]
             if not enabled:
+                outcome.ended = True
                 _check_all_done(programs, bodies, pending)
                 break
             if outcome.steps == max_steps:
