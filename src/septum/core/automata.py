@@ -280,6 +280,19 @@ class Automata:
     def _number(self, local: Local) -> int:
         return self.vectors.local(local.task, local.number, local.key)
 
+    def restore_local(self, task: int, parent: Local, log: Log) -> None:
+        """Makes a local state known that once followed another after this was read."""
+        body = self._replayed(task, parent.path())
+        feeding = Feeding()
+        feeding.load(log)
+        self.world.track(feeding)
+        self._new_local(task, parent, log, _Halt(task, body))
+        body.close()
+
+    def forget_steps(self) -> None:
+        """Has all steps learnt anew: a constant has become a cell."""
+        self.trees[:] = [ENDED if local.ended else None for local in self.locals]
+
     def _coroutine(self, local: Local) -> Coroutine[Step, None, Any]:
         """A coroutine that stands in ``local``."""
         if local.spare is not None:
@@ -319,5 +332,5 @@ class Automata:
         place = self.vectors.cells.get(cell)
         if place is None:
             place = self.vectors.add_cell(cell, initial)
-            self.trees[:] = [ENDED if local.ended else None for local in self.locals]
+            self.forget_steps()
         return place

@@ -21,9 +21,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
 
 from septum.core.automata import Automata, Invariant, Observer
 from septum.core.cells import World
+from septum.core.checkpoint import Checkpoint
 from septum.core.functions import StateFunction, first_violation
 from septum.core.liveness import LocalGraph, StateGraph, takes_for_ever
 from septum.core.preemption import PreemptionSearch
@@ -33,7 +36,7 @@ from septum.core.steps import CALLS, Program, Violation, ctx
 from septum.core.symmetry import SYMMETRY, Check, renamings
 from septum.core.verdict import Bounds, Verdict
 
-__all__ = ["REDUCTIONS", "Bounds", "Explorer", "Progress", "Verdict"]
+__all__ = ["REDUCTIONS", "Bounds", "Checkpoint", "Explorer", "Progress", "Verdict"]
 
 #: What can make fewer states do, without another verdict.
 REDUCTIONS = (LOCK_FREE, FOOTPRINT, SYMMETRY)
@@ -86,28 +89,30 @@ class Explorer:
         self.observer = observer
         self.stop = stop
 
-    def explore(self, bounds: Bounds | None = None, progress: Progress | None = None) -> Verdict:
-        """Looks at every state within ``bounds``.
+    def explore(
+        self, bounds: Bounds | None = None, progress: Progress | None = None, checkpoint: Checkpoint | None = None
+    ) -> Verdict:
+        """Looks at every state within ``bounds``. An interrupt (Ctrl-C) ends it with what was found so far.
 
         :raises ValueError: for a bound on the depth, or on preemptions, of a depth-first search, which cannot keep it.
+        :raises UsageError: for tasks that are not as equal as declared, and for a checkpoint that cannot be used.
         """
         bounds = bounds or Bounds()
         if self.depth_first and (bounds.depth is not None or bounds.preemptions is not None):
             raise ValueError("a depth-first search takes no bound on depth or preemptions")
         start = time.perf_counter()
-        verdict = Verdict("proved")
+        verdict = Verdict("proved", reductions=self._usable(bounds))
         before = ctx.level, ctx.task, ctx.trace, ctx.cycles
         ctx.level, ctx.trace, ctx.lock_order, ctx.cycles = self.level, None, {}, []
         collecting = gc.isenabled()
         gc.disable()  # states are never garbage, and walking millions of them costs half of the time
-        verdict.reductions = self._usable(bounds)
         exchanges = renamings(self.world, self.programs) if SYMMETRY in verdict.reductions else ()
         automata = Automata(self.world, self.programs, exchanges=exchanges, check_merges=self.check_merges)
         if exchanges:
-            automata.watchers.append(Check(exchanges, automata.vectors.cells).watch)
+            automata.watchers.append(Check(exchanges, automata.vectors).watch)
         try:
             automata.start()
-            self._explore(automata, bounds, verdict, start, progress)
+            _Course(self, automata, bounds, verdict, progress, checkpoint).run()
         finally:
             automata.to_initial()
             self.world.track(None)
@@ -131,91 +136,119 @@ class Explorer:
             usable -= {SYMMETRY}
         return tuple(name for name in REDUCTIONS if name in usable)
 
-    def _explore(
-        self, automata: Automata, bounds: Bounds, verdict: Verdict, start: float, progress: Progress | None
+
+class _Course:
+    """One exploration: what is searched, level after level, until it ends."""
+
+    def __init__(
+        self,
+        explorer: Explorer,
+        automata: Automata,
+        bounds: Bounds,
+        verdict: Verdict,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
-        check = StateFunction(automata, first_violation(self.invariants)) if self.invariants else None
-        stop = StateFunction(automata, self.stop) if self.stop else None
-        reduction: Reduction | None = None
+        self.automata = automata
+        self.bounds = bounds
+        self.verdict = verdict
+        self.progress = progress
+        self.checkpoint = checkpoint
+        self.exact = explorer.exact
+        self.by_level = not explorer.depth_first and bounds.preemptions is None
+        self.start = time.perf_counter()
+        self.stop = StateFunction(automata, explorer.stop) if explorer.stop else None
+        self.graph = LocalGraph(automata) if explorer.liveness else None
+        self.reduction: Reduction | None = None
+        check = StateFunction(automata, first_violation(explorer.invariants)) if explorer.invariants else None
         if {LOCK_FREE, FOOTPRINT} & {*verdict.reductions}:
-            reduction = Reduction(automata, verdict.reductions, [f for f in (check, stop) if f])
-        kind = Search if bounds.preemptions is None else PreemptionSearch
-        graph = LocalGraph(automata) if self.liveness else None
-        edges: dict[tuple[str, str], list[int]] = {}
-        again = True
-        while again:
-            search = kind(
-                automata,
-                verdict,
-                edges,
-                depth_first=self.depth_first,
-                exact=self.exact,
-                check=check,
-                stop=stop,
-                observer=self.observer,
-                choose=reduction.choose if reduction else None,
-                fold=automata.vectors.numbers.fold(),
-            )
-            search.begin()
-            if reduction:
-                reduction.stale()
-            try:
-                again = not self._levels(search, bounds, start, progress, reduction)
-                if graph and verdict.verdict == "proved":
-                    self._check_liveness(automata, verdict, graph, stop)
-            except KeyboardInterrupt:
-                verdict.verdict = "interrupted"
-                again = False
+            self.reduction = Reduction(automata, verdict.reductions, [f for f in (check, self.stop) if f])
+        self.parts: list[Any] = [self.graph] if self.graph else []
+        if self.reduction:
+            self.parts += [self.reduction, self.reduction.footprints]
+        self.edges: dict[tuple[str, str], list[int]] = {}
+        self.new_search = partial(
+            Search if bounds.preemptions is None else PreemptionSearch,
+            automata,
+            verdict,
+            self.edges,
+            depth_first=explorer.depth_first,
+            exact=explorer.exact,
+            check=check,
+            stop=self.stop,
+            observer=explorer.observer,
+            choose=self.reduction.choose if self.reduction else None,
+            fold=automata.vectors.numbers.fold(),
+        )
+
+    def run(self) -> None:
+        """Searches, again from the beginning when a choice of the reduction was wrong; sets the verdict."""
+        verdict = self.verdict
+        search = self.new_search()
+        if self.checkpoint and self.checkpoint.resume:
+            self.checkpoint.read(self.automata, search, self.parts)
+            self._note_levels(search, search.level)
+        else:
+            self._begin(search)
+        try:
+            while not self._levels(search):
+                search = self.new_search()
+                self._begin(search)
+            if self.graph and verdict.verdict == "proved":
+                self._check_liveness(self.graph)
+        except KeyboardInterrupt:
+            verdict.verdict = "interrupted"
+            if self.checkpoint and not (self.reduction and self.reduction.stale()):
+                self.checkpoint.write(self.automata, search, self.parts)
         verdict.states, verdict.transitions, verdict.unexpanded = search.states, search.transitions, search.left()
         if verdict.verdict in ("proved", "bounded") and ctx.cycles:
             cycle, message = ctx.cycles[0]
-            *others, last = (edges[edge] for edge in cycle)
+            *others, last = (self.edges[edge] for edge in cycle)
             verdict.violated(Violation("lock order", message), last)
             verdict.witnesses = others
 
-    def _check_liveness(
-        self, automata: Automata, verdict: Verdict, graph: LocalGraph, stop: StateFunction | None
-    ) -> None:
-        verdict.liveness = True
-        if not graph.all_runs_end():
-            lasso = takes_for_ever(StateGraph(automata, stop, exact=self.exact), automata)
-            if lasso:
-                violation, schedule, verdict.loop = lasso
-                verdict.violated(violation, schedule)
+    def _begin(self, search: Search) -> None:
+        search.begin()
+        if self.reduction:
+            self.reduction.stale()
 
-    def _levels(
-        self,
-        search: Search,
-        bounds: Bounds,
-        start: float,
-        progress: Progress | None,
-        reduction: Reduction | None,
-    ) -> bool:
-        """Expands level after level, to a violation, a bound or the end. False: a choice of ``reduction`` was wrong."""
-        verdict = search.verdict
-        preempting = bounds.preemptions is not None
-        limit = bounds.preemptions if preempting else None if bounds.depth is None else bounds.depth - 1
-        level = 0
+    def _note_levels(self, search: Search, done: int) -> None:
+        """Tells the verdict how many levels are done."""
+        self.verdict.depth = done if self.by_level else search.deepest
+        if self.bounds.preemptions is not None and done:
+            self.verdict.preemptions = done - 1
+
+    def _levels(self, search: Search) -> bool:
+        """Expands level after level, to a violation, a bound or the end. False: a choice of the reduction was wrong."""
+        verdict, bounds = self.verdict, self.bounds
+        limit = bounds.preemptions if bounds.depth is None else bounds.depth - 1
         while verdict.verdict == "proved":
             full = bounds.states is not None and search.states >= bounds.states
-            if full or (bounds.seconds is not None and time.perf_counter() - start > bounds.seconds):
+            if full or (bounds.seconds is not None and time.perf_counter() - self.start > bounds.seconds):
                 verdict.verdict = "bounded"
                 break
             search.expand()
             if verdict.verdict == "violated":
                 break
-            if reduction and reduction.stale():
+            if self.reduction and self.reduction.stale():
                 return False
             level_done = search.todo in ([], [None])
-            if level_done and preempting:
-                verdict.preemptions = level
-            verdict.depth = search.deepest if preempting or self.depth_first else level + level_done
-            if progress:
-                progress(search.states, search.transitions, verdict.depth, search.left())
+            self._note_levels(search, search.level + level_done)
+            if self.progress:
+                self.progress(search.states, search.transitions, verdict.depth, search.left())
             if level_done:
-                if level == limit and search.following:
+                if search.level == limit and search.following:
                     verdict.verdict = "bounded"
                 elif not search.next_level():
                     break
-                level += 1
+            if self.checkpoint and self.checkpoint.due():
+                self.checkpoint.write(self.automata, search, self.parts)
         return True
+
+    def _check_liveness(self, graph: LocalGraph) -> None:
+        self.verdict.liveness = True
+        if not graph.all_runs_end():
+            lasso = takes_for_ever(StateGraph(self.automata, self.stop, exact=self.exact), self.automata)
+            if lasso:
+                violation, schedule, self.verdict.loop = lasso
+                self.verdict.violated(violation, schedule)

@@ -30,6 +30,8 @@ Edge = tuple[int, int, bool]
 class LocalGraph:
     """Which local states follow which, as far as has been learnt."""
 
+    SAVED = ("_before",)
+
     def __init__(self, automata: Automata) -> None:
         self._before: dict[int, set[int]] = {}
         automata.watchers.append(self._watch)

@@ -17,10 +17,12 @@ from septum.core.search import CHUNK, Search, State, schedule_of
 class PreemptionSearch(Search):
     """A level is what can be reached with one preemption more than the level before. Ends may be looked at again."""
 
+    SAVED = (*Search.SAVED, "expanded")
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.following = []
-        self._expanded: set[tuple[Any, int]] = set()
+        self.expanded: set[tuple[Any, int]] = set()
 
     def expand(self) -> None:
         """Expands the next states; what needs no preemption is expanded in the same level."""
@@ -35,7 +37,7 @@ class PreemptionSearch(Search):
                 begun = None
         except KeyboardInterrupt:
             if begun is not None:
-                self._expanded.discard(self._pair(begun))
+                self.expanded.discard(self._pair(begun))
                 self.todo.append(begun)
             raise
 
@@ -47,9 +49,9 @@ class PreemptionSearch(Search):
     def _expand(self, state: State) -> None:
         name, vector, link = state
         pair = self._pair(state)
-        if pair in self._expanded:
+        if pair in self.expanded:
             return
-        self._expanded.add(pair)
+        self.expanded.add(pair)
         depth = 1 if link is None else link[2] + 1
         leaves = {}
         blocked = False

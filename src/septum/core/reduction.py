@@ -37,6 +37,8 @@ TRIAL, WORTH = 1000, 20
 class Footprints:
     """Which cells the step of each local state touches, and which the task may touch from there on, as bit masks."""
 
+    SAVED = ("version", "reads", "writes", "reads_on", "writes_on", "_bits", "_before")
+
     def __init__(self) -> None:
         self.version = 0
         self.reads: defaultdict[int, int] = defaultdict(int)
@@ -83,13 +85,15 @@ class Footprints:
 class Reduction:
     """Chooses the tasks to look at in each state of one search after another."""
 
+    SAVED = ("_footprint", "_clashes", "_version", "_visible", "_asked", "_helped")
+
     def __init__(self, automata: Automata, names: Collection[str], functions: Sequence[StateFunction]) -> None:
         self._automata = automata
         self._lock_free = LOCK_FREE in names
         self._footprint = FOOTPRINT in names
         self._functions = functions
-        self._footprints = Footprints()
-        automata.watchers.append(self._footprints.watch)
+        self.footprints = Footprints()
+        automata.watchers.append(self.footprints.watch)
         self._count = len(automata.programs)
         self._tasks = range(self._count)
         self._sets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
@@ -118,13 +122,13 @@ class Reduction:
 
         Or whether sets of tasks have turned out not to be worth the time that they take, and are no longer looked for.
         """
-        visible = self._footprints.mask(cell for function in self._functions for cell in function.cells)
+        visible = self._visible | self.footprints.mask(cell for function in self._functions for cell in function.cells)
         grown = visible != self._visible
         self._visible = visible
-        if self._version != self._footprints.version:
-            self._version = self._footprints.version
+        if self._version != self.footprints.version:
+            self._version = self.footprints.version
             for pair, clash in self._clashes.items():
-                if not clash and self._footprints.clash(*pair):
+                if not clash and self.footprints.clash(*pair):
                     self._clashes[pair] = grown = True
         if self._footprint and self._asked >= TRIAL:
             self._footprint = self._helped * WORTH >= self._asked
@@ -138,7 +142,7 @@ class Reduction:
         pair = one, other
         found = self._clashes.get(pair)
         if found is None:
-            found = self._clashes[pair] = self._footprints.clash(one, other)
+            found = self._clashes[pair] = self.footprints.clash(one, other)
         return found
 
     def _persistent_sets(self, where: Sequence[int]) -> list[tuple[int, ...]]:
@@ -173,11 +177,7 @@ class Reduction:
             leaf = search.leaf(task, vector, link)
             if leaf is not BLOCKED:
                 number = vector[task]
-                if (
-                    leaf.after < 0
-                    or rank(leaf.after) <= rank(number)
-                    or self._footprints.writes[number] & self._visible
-                ):
+                if leaf.after < 0 or rank(leaf.after) <= rank(number) or self.footprints.writes[number] & self._visible:
                     return False
                 moves = True
         return moves

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from septum.core.automata import BLOCKED, ENDED, Automata, Effect, Observer
 from septum.core.functions import StateFunction
@@ -42,6 +42,9 @@ class Search:
     states that count as one are known. ``edges`` gets a schedule for each pair of the lock order.
     """
 
+    #: What a checkpoint keeps of it, beside states and outcomes.
+    SAVED: ClassVar[tuple[str, ...]] = ("transitions", "deepest", "level", "edges")
+
     def __init__(
         self,
         automata: Automata,
@@ -67,6 +70,7 @@ class Search:
         self.visited: set[Any] = set()
         self.todo: list[State | None] = []
         self.following: list[State | None] = self.todo if depth_first else []
+        self.level = 0
         self.transitions = 0
         self.deepest = 0
         self.edges = edges
@@ -206,6 +210,7 @@ class Search:
         self.following.append(None)
         self.following.reverse()
         self.todo, self.following = self.following, []
+        self.level += 1
         return True
 
     def left(self) -> int:

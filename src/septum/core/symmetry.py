@@ -9,7 +9,7 @@ exchanges of a state have in common, the least piece, costs a few operations and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import permutations, product
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from septum.core.steps import Program
 if TYPE_CHECKING:
     from septum.core.automata import Local
     from septum.core.recorders import Recording
+    from septum.core.vectors import Vectors
 
 SYMMETRY = "symmetry"
 _BITS = 64
@@ -102,6 +103,11 @@ class Numbers:
         for image in self._images(subject, value):
             self._known[image] = 0
 
+    def put(self, subject: Cell | None, value: Any, pieces: int) -> None:
+        """Makes these the pieces of a value."""
+        for place, image in enumerate(self._images(subject, value)):
+            self._known[image] = pieces >> _BITS * place & _PIECE
+
     def pieces(self, subject: Cell | None, value: Any) -> int:
         """The pieces of a value, the first in the lowest bits."""
         number = 0
@@ -137,14 +143,14 @@ class Check:
     :raises UsageError: when they differ: what was declared equal is not.
     """
 
-    def __init__(self, exchanges: Sequence[Renaming], cells: Container[Cell]) -> None:
+    def __init__(self, exchanges: Sequence[Renaming], vectors: Vectors) -> None:
         self._exchanges = exchanges
-        self._cells = cells
+        self._vectors = vectors
         self._seen: dict[Any, Any] = {}
 
     def watch(self, local: Local, recording: Recording, after: Local | None) -> None:
         """A step that has been learnt. (Cells that nobody writes may tell tasks apart, as long as nothing shows it.)"""
-        reads = [(cell, value) for cell, value in recording.first.items() if cell in self._cells]
+        reads = [(cell, value) for cell, value in recording.first.items() if cell in self._vectors.cells]
         key = local.key, frozenset(reads)
         writes = dict(recording.written), after.key if after else None
         if self._seen.setdefault(key, writes) != writes:

@@ -59,6 +59,24 @@ class Vectors:
         """The number, in the hash, of a cell's value."""
         return self._number(self.cells[cell], value, cell, value)
 
+    def tables(self) -> list[dict[Any, int]]:
+        """For each place, the numbers of all values that it has had."""
+        return self._places
+
+    def restore(
+        self, cells: Sequence[Cell], initial: Vector, tables: list[dict[Any, int]], keys: Sequence[Any]
+    ) -> None:
+        """Puts back what :meth:`tables` gave; ``keys`` has the key of each local state."""
+        tasks = len(initial) - len(cells)
+        self.initial[:], self._places = initial, tables
+        self.cells = {cell: place for place, cell in enumerate(cells, tasks)}
+        for place, numbers in enumerate(tables):
+            for value, pieces in numbers.items():
+                if place < tasks:
+                    self.numbers.put(None, keys[value], pieces)
+                else:
+                    self.numbers.put(cells[place - tasks], value, pieces)
+
     def _add(self, initial: Any) -> int:
         self.initial.append(initial)
         self._places.append({initial: 0})
