@@ -95,6 +95,8 @@ _MODULES: Final = (
     "septum.lab.scenarios.trylock",
     "septum.lab.scenarios.locking",
     "septum.lab.scenarios.seamcalls",
+    "septum.lab.scenarios.kvm_build",
+    "septum.lab.scenarios.kvm_faults",
 )
 
 
