@@ -23,9 +23,7 @@ def boot(
     ] = None,
     memory: Memory = "2G",
     vcpus: Annotated[int, typer.Option("--vcpus", metavar="N", help="vCPUs, each on a CPU of its own.")] = 1,
-    kernel: Annotated[
-        str, typer.Option("--kernel", metavar="K", help="The kernel: see septum list kernels.")
-    ] = "v6.16",
+    kernel: Annotated[str, typer.Option("--kernel", metavar="K", help="See septum list kernels.")] = "v6.16",
     guest: Annotated[
         str, typer.Option("--guest", metavar="scripted|machine", help="What runs in the TD; machine is to come.")
     ] = "scripted",
@@ -36,12 +34,10 @@ def boot(
     eager: Annotated[
         str, typer.Option("--eager", metavar="SIZE", help="Memory that the script boot accepts before it is touched.")
     ] = "16M",
-    platform: Annotated[
-        str, typer.Option("--platform", metavar="NAME", help="The machine: see septum list platforms.")
-    ] = "default",
+    platform: Annotated[str, typer.Option("--platform", metavar="NAME", help="See septum list platforms.")] = "default",
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, metavar="N", help="Choose the schedule at random.", show_default="one by one"),
+        typer.Option("--seed", min=0, metavar="N", help="Interleave threads at random.", show_default="one by one"),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -128,12 +124,13 @@ def _record(result: BootResult, facts: Mapping[str, object]) -> dict[str, Any]:
 def _blocks(result: BootResult, facts: Mapping[str, Any]) -> list[Block]:
     from septum.report.tables import Table
 
-    title = (
-        f"{facts['firmware']}: {show_size(facts['memory'])}, {count(facts['vcpus'], 'vCPU')}, kernel {facts['kernel']}, "
-        f"platform {facts['platform']}, script {facts['script']}"
-    )
+    vm = f"{show_size(facts['memory'])}, {count(facts['vcpus'], 'vCPU')}"
+    where = f"kernel {facts['kernel']}, platform {facts['platform']}, script {facts['script']}"
     phases = tuple((phase.name, phase.seamcalls, _leaves(phase.by_leaf)) for phase in result.phases)
-    blocks: list[Block] = [fill(title), Table(phases, ("phase", "SEAMCALLs", "of these"))]
+    blocks: list[Block] = [
+        fill(f"{facts['firmware']}: {vm}, {where}"),
+        Table(phases, ("phase", "SEAMCALLs", "of these")),
+    ]
     if any(result.done):
         rows = tuple(
             (i, done.accepted_4k, done.accepted_2m, done.accepted_on_ve, show_size(done.converted))
@@ -147,7 +144,7 @@ def _blocks(result: BootResult, facts: Mapping[str, Any]) -> list[Block]:
     if result.mrtd:
         agree = "TDCS, TDREPORT and image agree" if result.report and not result.problems else "from the TDCS"
         blocks.append(f"MRTD ({agree})\n  {result.mrtd.hex()}")
-    return [*blocks, "\n".join(map(fill, result.problems)) or result.exit]
+    return [*blocks, "\n".join(map(fill, result.problems)) or f"exit: {result.exit}"]
 
 
 LEAVES_SHOWN = 4

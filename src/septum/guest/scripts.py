@@ -67,7 +67,7 @@ class Place(NamedTuple):
     mailbox: int
     """A page where the VCPUs tell each other how far they are."""
     buffers: int
-    """Three pages of this VCPU alone."""
+    """Three pages of the first VCPU, for attestation."""
     hob: bytes
     ve_disabled: bool
     """An access to a page that is not accepted kills the TD, instead of bringing a #VE."""
@@ -84,27 +84,32 @@ async def look_around(vcpu: Vcpu, job: Job) -> Place:
     info = await vcpu.vp_info()
     hob = await read_hob(vcpu)
     memory = unaccepted_memory(hob) or job.memory
-    needed = (1 + _BUFFER_PAGES * info.num_vcpus) * PAGE_4K
+    needed = (1 + _BUFFER_PAGES) * PAGE_4K
     for i, part in enumerate(memory):
         if part.end - part.start > needed:
             rest = (*memory[:i], Memory(part.start + needed, part.end), *memory[i + 1 :])
-            buffers = part.start + (1 + _BUFFER_PAGES * vcpu.index) * PAGE_4K
             ve_disabled = bool(info.attributes & TdAttributes.SEPT_VE_DISABLE)
             if ve_disabled:
-                await vcpu.accept(part.start, part.start + PAGE_4K)
-                await vcpu.accept(buffers, buffers + _BUFFER_PAGES * PAGE_4K)
-            return Place(info.num_vcpus, rest, part.start, buffers, hob, ve_disabled)
+                await vcpu.accept(part.start, part.start + needed)
+            return Place(info.num_vcpus, rest, part.start, part.start + PAGE_4K, hob, ve_disabled)
     raise GuestFault(vmcs.VECTOR_GP, why="no memory to work with")
 
 
 async def _together(part: Part, job: Job, vcpu: Vcpu) -> Done | None:
     """Does a part on this VCPU; the first one goes ahead, and switches off when all are done."""
+    count = 0
+
+    async def counting(vcpu: Vcpu, info: VeInfo) -> None:
+        nonlocal count
+        count += await accept_on_ve(vcpu, info)
+
+    vcpu.on_ve = counting
     place = await look_around(vcpu, job)
     if vcpu.index:
         await vcpu.wait_for(place.mailbox, _GO)
         done = await part(vcpu, place, job)
         await vcpu.write(place.mailbox + 8 * vcpu.index, _GO)
-        return done
+        return done._replace(accepted_on_ve=count)
     if place.hob:
         await vcpu.rtmr_extend(0, hob_digest(place.hob), place.buffers)
     await vcpu.write(place.mailbox, _GO)
@@ -112,7 +117,7 @@ async def _together(part: Part, job: Job, vcpu: Vcpu) -> Done | None:
     for index in range(1, place.num_vcpus):
         await vcpu.wait_for(place.mailbox + 8 * index, _GO)
     report = await _attest(vcpu, place)
-    await vcpu.publish(done._replace(report=report.pack()))
+    await vcpu.publish(done._replace(accepted_on_ve=count, report=report.pack()))
     await vcpu.io_write(POWER_OFF_PORT, POWER_OFF, 2)
     return None
 
@@ -162,29 +167,20 @@ async def accept_all(vcpu: Vcpu, place: Place, job: Job) -> Done:
 
 async def touch_lazily(vcpu: Vcpu, place: Place, job: Job) -> Done:
     """Touches pages all over the memory; what is not accepted yet is accepted in the handler for #VE."""
-    return await _touch(vcpu, place, job.touches, 0)
+    await _touch(vcpu, place, job.touches, 0)
+    return Done()
 
 
-async def _touch(vcpu: Vcpu, place: Place, touches: int, first_block: int) -> Done:
+async def _touch(vcpu: Vcpu, place: Place, touches: int, first_block: int) -> None:
     """Touches pages in blocks from ``first_block`` on, spread over the rest of the memory."""
-    count = 0
-
-    async def counting(vcpu: Vcpu, info: VeInfo) -> None:
-        nonlocal count
-        await accept_on_ve(vcpu, info)
-        count += 1
-
     blocks = sum(1 for _ in _blocks(place.memory))
     all_touches = touches * place.num_vcpus
     stride = max((blocks - first_block) // all_touches, 1)
-    vcpu.on_ve = counting
     mine = islice(_blocks(place.memory), first_block + vcpu.index * stride, None, stride * place.num_vcpus)
     for block in islice(mine, touches):
         if place.ve_disabled:
             await vcpu.accept(block.start, block.start + PAGE_4K)
         await vcpu.touch(block.start, WRITE)
-    vcpu.on_ve = accept_on_ve
-    return Done(accepted_on_ve=count)
 
 
 async def convert(vcpu: Vcpu, place: Place, job: Job) -> Done:
@@ -215,8 +211,8 @@ async def boot(vcpu: Vcpu, place: Place, job: Job) -> Done:
     """Some memory accepted at once, more when touched, some converted: what a guest does while it boots."""
     eager = min(-(-job.eager // PAGE_2M), sum(1 for _ in _blocks(place.memory)))
     accepted = await _accept(vcpu, place, eager)
-    touched = await _touch(vcpu, place, job.touches, eager)
-    return _sum(_sum(accepted, touched), await convert(vcpu, place, job))
+    await _touch(vcpu, place, job.touches, eager)
+    return _sum(accepted, await convert(vcpu, place, job))
 
 
 async def idle(vcpu: Vcpu, place: Place, job: Job) -> Done:
@@ -228,8 +224,7 @@ def _sum(one: Done, other: Done) -> Done:
     return Done(
         one.accepted_4k + other.accepted_4k,
         one.accepted_2m + other.accepted_2m,
-        one.accepted_on_ve + other.accepted_on_ve,
-        one.converted + other.converted,
+        converted=one.converted + other.converted,
     )
 
 

@@ -84,13 +84,14 @@ class VpInfo(NamedTuple):
     sys_rd: bool
 
 
-VeHandler = Callable[["Vcpu", VeInfo], Coroutine[Any, Any, None]]
+VeHandler = Callable[["Vcpu", VeInfo], Coroutine[Any, Any, object]]
 
 
-async def accept_on_ve(vcpu: Vcpu, info: VeInfo) -> None:
+async def accept_on_ve(vcpu: Vcpu, info: VeInfo) -> bool:
     """The handler that a VCPU has at first: accepts the page that was touched, so that the access can be made again.
 
-    When somebody else is busy with the page nothing is done; then the access brings another #VE, or not.
+    Returns whether it did. When somebody else is busy with the page it does not; then the access brings another #VE, or
+    succeeds.
 
     :raises GuestFault: when it was something else than an access to a private page.
     """
@@ -102,6 +103,7 @@ async def accept_on_ve(vcpu: Vcpu, info: VeInfo) -> None:
         status = await vcpu.accept_page(info.gpa & -PAGE_4K)
     if status & CODE not in (Status.TDX_SUCCESS, Status.TDX_PAGE_ALREADY_ACCEPTED, *_TRY_AGAIN):
         raise GuestFault(vmcs.VECTOR_VE, why=f"page {info.gpa:#x}: {status_name(status)}")
+    return status & CODE == Status.TDX_SUCCESS
 
 
 class Vcpu:

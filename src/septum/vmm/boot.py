@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from septum.arch.errors import UsageError
@@ -13,11 +13,14 @@ from septum.arch.structures import TdReport
 from septum.core.cells import Tracking, World
 from septum.core.run import Chooser, Outcome, run, solo
 from septum.core.steps import CALLS, SOLO
+from septum.guest.hob import Memory
 from septum.guest.scripted import Script, ScriptedGuest
 from septum.guest.scripts import Done, Job, script
 from septum.kvm.host import Host
 from septum.kvm.kernel import Kernel
-from septum.vmm.layout import parse_size, plan_layout
+from septum.kvm.seamcall import Injection
+from septum.vmm.hob import td_hob_section
+from septum.vmm.layout import MemoryLayout, parse_size, plan_layout
 from septum.vmm.measure import measure_image
 from septum.vmm.payload import builtin_payload
 from septum.vmm.qemu import Qemu
@@ -137,13 +140,15 @@ def boot(
     choose: Chooser = solo,
     level: int | None = None,
     trace: bool = False,
+    injections: Iterable[Injection] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> BootResult:
     """Builds a TD from a firmware image, lets its vCPUs run a script, destroys it, and checks what must hold.
 
     ``guest`` is a ready script by name, doing ``job``, or a script. Of ``attributes`` the TD has what KVM supports.
     The schedule is solo unless ``choose`` says otherwise; ``level`` is the granularity of steps (by default none in a
-    solo run), ``trace`` keeps the events, ``progress`` is told what begins. Changes the world of this process.
+    solo run), ``trace`` keeps the events. ``injections`` make SEAMCALLs of the TD fail. ``progress`` is told what
+    begins. Changes the world of this process.
 
     :raises UsageError: when there is no such VM: memory that does not hold the image, more vCPUs than CPUs, an unknown
         kernel, platform or script.
@@ -156,13 +161,14 @@ def boot(
         raise UsageError(
             f"{vcpus} vCPUs on platform {machine.name}, which has {machine.num_lps} CPUs: give 1 to {machine.num_lps}"
         )
-    code = script(guest, job) if isinstance(guest, str) else guest
+    code = script(guest, _with_memory(job or Job(), image, layout)) if isinstance(guest, str) else guest
     if level is None:
         level = SOLO if choose is solo and not trace else CALLS
 
     Tracking.world = World()
     host = Host(machine, kernel if isinstance(kernel, Kernel) else Kernel(kernel))
     host.boot()
+    host.seamcalls.inject(*injections)
     free_before, counts_before = host.pages.in_use, host.counts
     phases = _Phases(host, progress)
     guests = [ScriptedGuest(code, f"guest{i}") for i in range(vcpus)]
@@ -186,6 +192,21 @@ def boot(
         result.report = TdReport.unpack(result.done[0].report)
     result.problems = _problems(result, guests)
     return result
+
+
+def _with_memory(job: Job, image: TdvfImage, layout: MemoryLayout) -> Job:
+    """The job of a guest that gets no HOB: it is told what its memory is."""
+    if td_hob_section(image.sections) is not None:
+        return job
+    added = sorted((s.memory_address, s.memory_end) for s in image.sections if s.added)
+    memory = []
+    for ram in layout.ram:
+        start = ram.start
+        for low, high in [*((a, b) for a, b in added if ram.start <= a < ram.end), (ram.end, ram.end)]:
+            if start < low:
+                memory.append(Memory(start, low))
+            start = high
+    return replace(job, memory=tuple(memory))
 
 
 def _difference(
