@@ -177,3 +177,11 @@ def test_dpor_proves_within_its_bounds_only(septum: Septum) -> None:
     assert septum(*small, "--bound", "executions=10").json["verdict"] == "bounded"
     cut = septum(*small, "--bound", "depth=5").json
     assert (cut["verdict"], cut["bounds"]) == ("bounded", {"depth": 5})
+
+
+def test_replay_writes_a_trace_for_tla(septum: Septum) -> None:
+    found = septum("explore", *RACE, "--json").json
+    record = septum("replay", found["counterexample"], "--format", "itf", "--json").json
+    trace = json.loads((septum.home / record["written"]).read_text())
+    assert (trace["#meta"]["format"], trace["#meta"]["status"]) == ("ITF", "violation")
+    assert len(trace["states"]) == record["steps"] + 1

@@ -16,8 +16,9 @@ from septum.cli.output import show
 
 if TYPE_CHECKING:
     from septum.core.trace import Event
+    from septum.lab.recording import Recording
 
-FORMATS = {"text": "", "perfetto": ".pftrace", "html": ".html"}
+FORMATS = {"text": "", "perfetto": ".pftrace", "html": ".html", "itf": ".itf.json"}
 """How a run can be shown; the others than text are files, beside the current folder's other files."""
 
 
@@ -26,7 +27,9 @@ def replay(
     form: Annotated[
         str,
         typer.Option(
-            "--format", metavar="|".join(FORMATS), help="A diagram, or a file for ui.perfetto.dev or a browser."
+            "--format",
+            metavar="|".join(FORMATS),
+            help="A diagram, or a file for ui.perfetto.dev, a browser, or TLA+ and Quint tools.",
         ),
     ] = "text",
     as_json: Json = False,
@@ -66,14 +69,20 @@ def replay(
         drawn = diagrams(outcomes)
     else:
         path = Path(file.name).with_suffix(FORMATS[form])
-        write_whole(path, _rendered(form, last.trace.events, name, verdict))
+        write_whole(path, _rendered(form, recording, last.trace.events, name, verdict))
         record["written"] = str(path)
         drawn = [f"written: {path}"]
     show(record, verdict, [name, *drawn, verdict], as_json=as_json, quiet=quiet)
     return GOOD if same and not last.violation else BAD
 
 
-def _rendered(form: str, events: Sequence[Event], name: str, verdict: str) -> bytes:
+def _rendered(form: str, recording: Recording, events: Sequence[Event], name: str, verdict: str) -> bytes:
+    if form == "itf":
+        import json
+
+        from septum.lab.itf import itf_trace
+
+        return json.dumps(itf_trace(recording), indent=1).encode()
     if form == "html":
         from septum.report.page import run_page
 

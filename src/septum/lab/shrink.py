@@ -20,6 +20,8 @@ from septum.lab.stage import Stage
 #: Runs along a chooser for so many steps at most; the outcome's trace has the schedule that was taken.
 Attempt = Callable[[Chooser, int], Outcome]
 _Turns = list[tuple[int, int]]
+_SHORT = 16
+"""A turn is cut to every length below this, to half of its own, and by one step."""
 
 STEPS = 2_000_000
 """Steps of all attempts after which shrinking ends with what it has."""
@@ -124,6 +126,6 @@ def _changes(turns: _Turns) -> Iterator[_Turns]:
     for place in range(1, len(turns)):  # two neighbours the other way round
         yield [*turns[: place - 1], turns[place], turns[place - 1], *turns[place + 1 :]]
     for place, (task, count) in enumerate(turns):  # a turn cut short or in two
-        for fewer in sorted({count // 2, count - 1} - {0, count}):
+        for fewer in sorted({*range(1, min(count, _SHORT)), count // 2, count - 1} - {0, count}):
             yield [*turns[:place], (task, fewer), *turns[place + 1 :]]
             yield [*turns[:place], (task, fewer), *turns[place + 1 :], (task, count - fewer)]

@@ -1,20 +1,20 @@
 """Tests over all interleavings, for pytest: a decorator, the host that it hands to a test, and a plugin.
 
-.. code-block:: python
+```python
+import septum
 
-    import septum
+@septum.explore()
+def test_two_tasks_may_meet(host):
+    lock, counter = Mutex("lock"), Counter("counter")
 
-    @septum.explore()
-    def test_two_tasks_may_meet(host):
-        lock, counter = Mutex("lock"), Counter("counter")
+    async def add():
+        async with lock.locked():
+            counter.value += 1
 
-        async def add():
-            async with lock.locked():
-                counter.value += 1
-
-        host.spawn(add)
-        host.spawn(add)
-        host.at_end(lambda: counter.value == 2, "both were counted")
+    host.spawn(add)
+    host.spawn(add)
+    host.at_end(lambda: counter.value == 2, "both were counted")
+```
 """
 
 from __future__ import annotations
