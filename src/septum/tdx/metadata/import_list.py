@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from septum.arch.metadata import NULL_FIELD_ID, Access, Context, Field, FieldId, locate, next_id
+from septum.arch.metadata import NULL_FIELD_ID, Access, Context, Element, FieldId, locate, next_id
 from septum.arch.status import Status, with_operand
 from septum.tdx.metadata.import_td import write_td_field
 from septum.tdx.metadata.lists import NUM_SEQUENCES_SHIFT, QWORD
@@ -53,7 +53,7 @@ def write_list(scope: Scope, field_id: int, data: bytes, *, is_last: bool) -> Wr
     try:
         return Written(Status.TDX_SUCCESS, _Writer(scope, field_id, data).write(is_last=is_last))
     except _ListError as error:
-        return Written(error.status, error=(error.where, 0))
+        return Written(error.status, error=(int(error.where), 0))
 
 
 class _Writer:
@@ -63,7 +63,7 @@ class _Writer:
         self.scope = scope
         self.data = data
         self.offset = QWORD
-        self.field_id = FieldId(field_id)
+        self._go_to(FieldId(field_id))
 
     def write(self, *, is_last: bool) -> int:
         """Writes all sequences; returns the id of the next field that is required, or the null id."""
@@ -73,7 +73,7 @@ class _Writer:
             raise _ListError(Status.TDX_INVALID_METADATA_LIST_HEADER)
         if self.field_id.is_null:
             self._advance(write=True)
-        if self.field_id.is_null or not self._field.starts_field(self.field_id):
+        if self.field_id.is_null:
             raise _ListError(Status.TDX_METADATA_FIELD_ID_INCORRECT)
         room = (header & _U16) - QWORD & _U16
         for number in range(sequences):
@@ -87,26 +87,32 @@ class _Writer:
         self._skip_to_required()
         if is_last != self.field_id.is_null:
             raise _ListError(Status.TDX_REQUIRED_METADATA_FIELD_MISSING, self.field_id)
-        return self.field_id
+        return int(self.field_id)
 
     def _word(self, offset: int) -> int:
         return int.from_bytes(self.data[offset : offset + QWORD], "little")
 
+    def _go_to(self, field_id: FieldId) -> None:
+        self.field_id = field_id
+        self.element = None if field_id.is_null else locate(self.scope.context, field_id, self.scope.l2_vms)
+
     @property
-    def _field(self) -> Field:
-        element = locate(self.scope.context, self.field_id, self.scope.l2_vms)
-        assert element is not None
-        return element.field
+    def _first_element(self) -> Element:
+        assert self.element is not None
+        return self.element
 
     def _advance(self, *, write: bool = False) -> None:
         """To the next field of the context, or the next one that is imported."""
         scope = self.scope
-        self.field_id = next_id(
-            scope.context, self.field_id, scope.access, l2_vms=scope.l2_vms, write=write, whole_fields=True
+        self._go_to(
+            next_id(scope.context, self.field_id, scope.access, l2_vms=scope.l2_vms, write=write, whole_fields=True)
         )
 
+    def _is_required(self) -> bool:
+        return self.element is None or self.element.field.is_required(self.scope.access)
+
     def _skip_to_required(self) -> None:
-        while not self.field_id.is_null and not self._field.is_required(self.scope.access):
+        while not self._is_required():
             self._advance()
 
     def _names(self, header: FieldId) -> bool:
@@ -123,7 +129,7 @@ class _Writer:
         header = FieldId(self._word(self.offset))
         if header.context_code != self.field_id.context_code or self.field_id.is_null:
             raise _ListError(Status.TDX_METADATA_FIELD_ID_INCORRECT | _NOT_A_FIELD | number, header)
-        while not (self.field_id.is_null or self._names(header) or self._field.is_required(self.scope.access)):
+        while not (self._names(header) or self._is_required()):
             self._advance()
         if not self._names(header):
             raise _ListError(Status.TDX_REQUIRED_METADATA_FIELD_MISSING, self.field_id)
@@ -144,7 +150,8 @@ class _Writer:
         room -= QWORD
         first, mask = self.offset, _U64
         for left in reversed(range(header.last_field_in_sequence + 1)):
-            field = self._field
+            element = self._first_element
+            field = element.field
             if header.write_mask_valid:
                 mask = self._word(first)
                 self.offset += QWORD
@@ -152,29 +159,27 @@ class _Writer:
             if room < QWORD * field.elements:
                 raise _ListError(Status.TDX_METADATA_LIST_OVERFLOW | _NOT_A_FIELD, self.field_id)
             if field.mig_import in _LISTED[self.scope.access]:
-                self._write_field(field, mask)
+                self._write_field(element, mask)
             self.offset += QWORD * field.elements
             room -= QWORD * field.elements
             self._advance()
             if left and self.field_id.class_code != field.id.class_code:
                 raise _ListError(Status.TDX_METADATA_FIELD_ID_INCORRECT, header)
 
-    def _write_field(self, field: Field, mask: int) -> None:
-        values = [self._word(self.offset + QWORD * number) for number in range(field.elements)]
+    def _write_field(self, element: Element, mask: int) -> None:
+        values = [self._word(self.offset + QWORD * number) for number in range(element.field.elements)]
         try:
-            _write(self.scope, self.field_id, values, mask)
+            _write(self.scope, element, values, mask)
         except Fail as fail:
             if fail.status != Status.TDX_METADATA_FIELD_NOT_WRITABLE:
                 raise _ListError(fail.status, self.field_id) from None
 
 
-def _write(scope: Scope, field_id: FieldId, values: list[int], mask: int) -> None:
+def _write(scope: Scope, element: Element, values: list[int], mask: int) -> None:
     """Writes a whole field.
 
     :raises Fail: METADATA_FIELD_NOT_WRITABLE, METADATA_FIELD_VALUE_NOT_VALID, and what single fields add.
     """
-    element = locate(scope.context, field_id, scope.l2_vms)
-    assert element is not None
     check(scope.context is not Context.SYS, Status.TDX_METADATA_FIELD_NOT_WRITABLE)
     located = Located(element, scope.access)
     if scope.context is Context.TD:

@@ -22,6 +22,7 @@ from septum.tdx.outcome import Fail, check
 
 QWORD = 8
 NUM_SEQUENCES_SHIFT = 16
+_CPUID_VALUES = "CPUID_VALUES"
 
 
 class Dump(NamedTuple):
@@ -42,10 +43,11 @@ class _Sequence:
         self.values: list[int] = []
 
     def goes_on_with(self, field_id: FieldId, element: Element) -> bool:
-        """Whether a field belongs to the sequence."""
+        """Whether a field belongs to the sequence. Each CPUID leaf is a sequence of its own."""
         field = element.field
         return (
-            field_id.class_code == self.last.class_code
+            field.name != _CPUID_VALUES
+            and field_id.class_code == self.last.class_code
             and field_id.field_code == self.last.field_code + self.field.elements * self.field.stride
             and field.elements == self.field.elements
             and field.element_size == self.field.element_size
