@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from septum.core.cells import Journal, Shared, SharedMap, Tracking, World
+from septum.core.cells import BriefMap, Journal, Shared, SharedMap, Tracking, World
 
 
 class Record(Shared):
@@ -80,3 +80,21 @@ def test_a_closed_journal_leaves_plain_objects_with_the_present_state() -> None:
     record.left = 8
     assert journal.mark() == before
     assert state(record, table) == (8, 7, {1: 6})
+
+
+def test_a_brief_map_goes_back_to_each_mark_as_often_as_asked() -> None:
+    world, record, _ = make()
+    words: BriefMap[str, int] = BriefMap("words", 0)
+    words["held"] = 4
+    journal = Journal(world)
+    first = journal.mark()
+    words["held"], words["taken"] = 8, 1
+    record.left = 5
+    second = journal.mark()
+    words.pop("held")
+    journal.undo(second)
+    assert dict(words) == {"held": 8, "taken": 1}
+    for _ in range(2):
+        words.store("taken", 0)
+        journal.undo(first)
+        assert (dict(words), record.left) == ({"held": 4}, 1)

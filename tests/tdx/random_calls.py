@@ -150,7 +150,8 @@ class Chaos:
         for name, build in (("power-on", self._power_on), ("ready", Machine), ("TDs", self._tds)):
             machine = build()
             machine.module.memory.write(PARAMS_AT, PARAMS.pack())
-            self.machines[name] = (machine, Journal(Tracking.world), 0)
+            journal = Journal(Tracking.world)
+            self.machines[name] = (machine, journal, journal.mark())
         return self.machines
 
     def _power_on(self) -> Machine:

@@ -101,26 +101,32 @@ class Journal:
     def __init__(self, world: World) -> None:
         self.world = world
         self._log: list[tuple[Any, Any, Any]] = []
+        self._copied = [owner for owner in world.objects if isinstance(owner, BriefMap)]
         Tracking.log = self._log
         world.dress(logging_twin)
 
     def mark(self) -> int:
         """A name for the present state."""
-        return len(self._log)
+        mark = len(self._log)
+        self._log += [(owner, BriefMap, dict(owner)) for owner in self._copied]
+        return mark
 
     def undo(self, mark: int) -> None:
-        """Puts every cell back to what it was at ``mark``."""
+        """Puts every cell back to what it was at ``mark``, which stays a name for that state."""
         log = self._log
         for owner, key, value in reversed(log[mark:]):
-            # As poke() does, without a call for each of the many lock words and PAMT entries.
-            if isinstance(owner, SharedMap):
+            if key is BriefMap:
+                dict.clear(owner)
+                dict.update(owner, value)
+            # As poke() does, without a call for each of the many PAMT entries.
+            elif isinstance(owner, SharedMap):
                 if value == owner.default:
                     _raw_pop(owner, key, None)
                 else:
                     _raw_put(owner, key, value)
             else:
                 poke(owner, key, value)
-        del log[mark:]
+        del log[mark + len(self._copied) :]
 
     def close(self) -> None:
         """Stops logging; the world keeps its state."""
@@ -220,6 +226,15 @@ class SharedMap(dict[K, V], Generic[K, V]):
         return self.name
 
 
+class BriefMap(SharedMap[K, V]):
+    """A map that is written often and holds next to nothing between calls: lock words.
+
+    A journal copies it at each mark, and logs none of its writes. It has to exist before the journal.
+    """
+
+    __slots__ = ()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tracked twins
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,7 +264,10 @@ def logging_twin(cls: type) -> type:
     """The class of ``cls`` in a journaled world: same layout, reads as before, writes log the value they replace."""
     found = _logging_twins.get(cls)
     if found is None:
-        space = _logging_map_space() if issubclass(cls, SharedMap) else {"__setattr__": _logging_setattr}
+        if issubclass(cls, BriefMap):
+            space: dict[str, Any] = {}
+        else:
+            space = _logging_map_space() if issubclass(cls, SharedMap) else {"__setattr__": _logging_setattr}
         found = _logging_twins[cls] = type(cls)(cls.__name__, (cls,), {"__slots__": (), **space})
     return found
 

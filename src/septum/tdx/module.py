@@ -14,7 +14,7 @@ from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.arch.status import Status
 from septum.arch.structures import MAX_TDMRS
-from septum.core.cells import Fixed, SharedMap
+from septum.core.cells import BriefMap, Fixed, SharedMap
 from septum.core.trylocks import Mutex, Sharex
 from septum.tdx.call import HostCall
 from septum.tdx.host import HANDLERS
@@ -77,7 +77,7 @@ class Module(Fixed):
         self.hardware = Hardware(platform, cpu or recording_cpu())
         self.native_cpu = NativeCpu(self.hardware.cpu)
         self.memory = Memory()
-        self.locks: SharedMap[Any, int] = SharedMap("locks", 0)
+        self.locks: SharedMap[Any, int] = BriefMap("locks", 0)
         self.sept: SharedMap[int, int] = SharedMap("sept", sept.FREE_ENTRY)
         self.sept_l2: SharedMap[int, int] = SharedMap("sept_l2", sept_l2.L2State.FREE.value)
         self.pamt: SharedMap[int, PamtEntry] = SharedMap("pamt", None)
