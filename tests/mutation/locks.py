@@ -86,6 +86,8 @@ class Checks:
         with broken(mutant):
             if self.footprints and self._fails(lambda: footprint(self.runner, mutant.case)[:2] == right):
                 return "footprint"
+            if is_equivalent(mutant):
+                return SURVIVED
             if any(self._pair_differs(pair) for pair in self._pairs[leaf]):
                 return "pair"
             if any(self._outcomes_differ(scenario) for scenario in self._scenarios[leaf]):
