@@ -121,6 +121,8 @@ class Seamcalls(Fixed):
         :raises Violation: when the module halts.
         """
         text = _describe(leaf, regs) if ctx.trace is not None else ""
+        if text:
+            emit("call", text)
         injection = self._injections and self._injected(leaf)
         if not injection or injection.reaches:
             try:
@@ -149,6 +151,8 @@ class Seamcalls(Fixed):
         leaf, module = HostLeaf.TDH_VP_ENTER, self._module
         regs.rax, regs.rcx = leaf, tdvpr
         text = f"TDH.VP.ENTER {cpu.vp}" if ctx.trace is not None else ""
+        if text:
+            emit("call", text)
         injection = self._injections and self._injected(leaf)
         if injection and not injection.reaches:
             regs.rax = injection.status

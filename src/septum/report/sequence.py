@@ -10,6 +10,9 @@ from septum.core.trace import Event
 WIDTH = 100
 _MARGIN = 7  # step number and two blanks
 _NARROWEST = 14
+_BEFORE_LOCKS = ("call", "enter", "tdcall", "exit")
+_END_OF_LOCKS = ("seamcall", "enter", "exit")
+"""Kinds of events between which a call into the module takes locks."""
 
 
 def sequence_diagram(events: Sequence[Event], *, width: int = WIDTH) -> str:
@@ -17,6 +20,7 @@ def sequence_diagram(events: Sequence[Event], *, width: int = WIDTH) -> str:
 
     Lanes are as wide as fit; with more CPUs than fit side by side, each line names its CPU instead.
     """
+    events = folded(events)
     cpus = sorted({event.cpu for event in events})
     if not cpus:
         return "(nothing happened)\n"
@@ -34,6 +38,30 @@ def sequence_diagram(events: Sequence[Event], *, width: int = WIDTH) -> str:
             lines.append(f"{number:<5}{line[5:]}")
             number = ""
     return _ascii("\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def folded(events: Sequence[Event]) -> list[Event]:
+    """The events without the locks that a call into the module took where nobody else did anything meanwhile.
+
+    A call that went through at one go is one line, its answer; one that found a lock busy, was interrupted by another
+    CPU, or is still under way keeps all of its lines.
+    """
+    kept: list[Event] = []
+    for event in events:
+        if event.kind in _END_OF_LOCKS:
+            start = len(kept)
+            while start and kept[start - 1].task == event.task and _is_plain(kept[start - 1]):
+                start -= 1
+            if start and kept[start - 1].task == event.task and kept[start - 1].kind in _BEFORE_LOCKS:
+                whole = kept[start - 1].kind == "call" and event.kind == "seamcall"
+                del kept[start - whole :]
+        kept.append(event)
+    return kept
+
+
+def _is_plain(event: Event) -> bool:
+    """A lock that was taken or dropped, or an entry that was written."""
+    return event.kind in ("lock", "write") and not event.text.startswith("!")
 
 
 def _row(cells: dict[int, str], cpus: Sequence[int], lane: int) -> str:
