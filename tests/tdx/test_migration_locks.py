@@ -6,25 +6,21 @@ import pytest
 
 from septum.arch.operands import Operand
 from septum.arch.status import FATAL, Status, with_operand
+from septum.core.cells import Tracking
+from septum.core.explore import Explorer
+from septum.core.steps import PRIMITIVES, Program, Task
 from septum.core.trylocks import Mode, TryLock
 from septum.tdx.call import PamtLock
+from septum.tdx.migration.mbmd import SIZE
 from septum.tdx.registers import Regs
 from tests.tdx.guests import lock_trace
 from tests.tdx.migration_calls import CALLS, H
-from tests.tdx.migration_machine import (
-    Migration,
-)
+from tests.tdx.migration_machine import GPAS, TOKEN, Migration, entry
 
 
 @pytest.fixture
 def move() -> Migration:
     return Migration()
-
-
-@pytest.fixture
-def begun(move: Migration) -> Migration:
-    move.begin()
-    return move
 
 
 def _names(steps: list[tuple[str, str]], sign: str) -> list[str]:
@@ -96,3 +92,54 @@ def test_a_busy_page_is_let_go_of_first(move: Migration) -> None:
     assert regs.rax == with_operand(Status.TDX_OPERAND_BUSY, Operand.RCX)
     released = "PAMT_2M, PAMT_1G, OP_STATE, PAMT_4K, PAMT_2M, PAMT_1G, MIG"
     assert ", ".join(_names(steps, "-")) == released
+
+
+# -- every interleaving of two calls -----------------------------------------------------------------------------------
+
+
+def outcomes(move: Migration, *calls: dict[str, int]) -> set[tuple[int, ...]]:
+    """Completion statuses of SEAMCALLs made at the same time, for every interleaving."""
+    module = move.module
+
+    def program(lp: int, registers: dict[str, int]) -> Program:
+        async def body() -> int:
+            return int((await module.seamcall(lp, Regs.of(registers))).rax)
+
+        return Program(Task(f"LP{lp}", cpu=lp), body)
+
+    programs = [program(lp, registers) for lp, registers in enumerate(calls)]
+    verdict = Explorer(Tracking.world, programs, observer=tuple, level=PRIMITIVES).explore()
+    assert verdict.verdict == "proved"
+    return set(verdict.outcomes)
+
+
+BUSY = {operand: with_operand(Status.TDX_OPERAND_BUSY, operand) for operand in Operand}
+
+
+def test_no_epoch_ends_while_a_bundle_is_made(move: Migration) -> None:
+    operands = CALLS["export mem"][1](move)
+    track = {"rax": H.TDH_EXPORT_TRACK, "rcx": move.source, "r8": TOKEN | SIZE << 52}
+    seen = outcomes(move, {"rax": H.TDH_EXPORT_MEM, **operands}, track)
+    assert seen == {(0, 0), (0, BUSY[Operand.OP_STATE]), (BUSY[Operand.OP_STATE], 0)}
+
+
+def test_two_bundles_on_one_stream(move: Migration) -> None:
+    operands = {"rax": H.TDH_EXPORT_MEM, **CALLS["export mem"][1](move)}
+    unclean = with_operand(Status.TDX_SUCCESS, 1)
+    busy = BUSY[Operand.MIGSC]
+    assert outcomes(move, operands, operands) == {(0, unclean), (unclean, 0), (0, busy), (busy, 0)}
+    other = operands | {"r10": 1}
+    seen = outcomes(move, operands, other)
+    assert busy not in {status for ends in seen for status in ends}
+    assert (0, 0) not in seen
+
+
+def test_blocking_and_unblocking_one_page(move: Migration) -> None:
+    CALLS["blockw"][1](move)
+    move.put(GPAS, entry(0))
+    block = {"rax": H.TDH_EXPORT_BLOCKW, "rcx": GPAS, "rdx": move.source}
+    unblock = {"rax": H.TDH_EXPORT_UNBLOCKW, "rcx": 0, "rdx": move.source}
+    wrong = with_operand(Status.TDX_EPT_ENTRY_STATE_INCORRECT, Operand.RCX)
+    busy = BUSY[Operand.RCX]
+    problem = with_operand(Status.TDX_SUCCESS, 1)
+    assert outcomes(move, block, unblock) == {(0, 0), (0, wrong), (0, busy), (problem, wrong)}
