@@ -78,9 +78,9 @@ def may_go_on(read: Callable[[int], int], operation: str, cell: int, operand: in
     """The guard of each wait; "both" and "either" look at a second cell only if they need to."""
     match operation:
         case "both":
-            return read(cell) >= operand and read((cell + 1) % 4) >= 1
+            return read(cell) >= operand and read((cell + 1) % CELLS) >= 1
         case "either":
-            return read(cell) >= operand or read((cell + 1) % 4) >= 2
+            return read(cell) >= operand or read((cell + 1) % CELLS) >= 2
         case "wait":
             return read(cell) >= operand
     return True
@@ -130,7 +130,7 @@ def successors(texts: Texts, state: State) -> dict[int, State]:
         if place == len(texts[i]):
             continue
         operation, cell, operand = texts[i][place]
-        if operation == "wait" and cells[cell] < operand:
+        if not may_go_on(cells.__getitem__, operation, cell, operand):
             continue
         after, value = register, cells[cell]
         if operation == "load":

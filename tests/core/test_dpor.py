@@ -16,9 +16,7 @@ from septum.core.run import recorded, run
 from septum.core.steps import Program, Task, require, step, wait_until
 from septum.lab.recording import Recording, replay
 from septum.lab.scenario import find_scenario
-from tests.core.programs import WAITS, Instruction, Machine, brute_force, may_go_on, programs_of
-
-Texts = tuple[tuple[Instruction, ...], ...]
+from tests.core.programs import WAITS, Machine, Texts, brute_force, programs_of, successors
 
 
 def texts_of(*operations: str, length: int = 4, tasks: int = 3) -> st.SearchStrategy[Texts]:
@@ -45,12 +43,11 @@ def reduce(texts: Texts, *, daemons: bool = False) -> RunVerdict:
 def ends_and_deadlocks(texts: Texts) -> set[Any]:
     """All states of brute force in which nobody can go on, with what each task that has ended returned."""
     found = set()
-    for cells, tasks in brute_force(texts)[0]:
-        left = [text[place:] for (place, _), text in zip(tasks, texts, strict=True)]
-        if not any(rest and may_go_on(cells.__getitem__, *rest[0]) for rest in left):
-            found.add(
-                (cells, tuple(None if rest else register for rest, (_, register) in zip(left, tasks, strict=True)))
-            )
+    for state in brute_force(texts)[0]:
+        if not successors(texts, state):
+            cells, tasks = state
+            over = zip(texts, tasks, strict=True)
+            found.add((cells, tuple(register if place == len(text) else None for text, (place, register) in over)))
     return found
 
 
@@ -105,7 +102,7 @@ def test_an_invariant_holds_in_every_state_or_it_is_found_not_to(texts: Texts, f
         require(differs, "never", "the forbidden state")
 
     verdict = Reducer(machine.world, programs, invariants=[never]).explore()
-    assert (verdict.verdict == "violated") == any(cells == forbidden for cells, _ in states)
+    assert (verdict.verdict == "violated") == any(cells[: len(forbidden)] == forbidden for cells, _ in states)
     assert verdict.property in (None, "never")
 
 

@@ -13,8 +13,8 @@ from septum.core.run import Chooser, Outcome, at_random, run
 from septum.lab.recording import Recording, digest, load, record, replay, sample, save
 from septum.lab.scenario import find_scenario
 from septum.lab.shrink import following, shrink, shrink_schedule, switches
-from tests.core.programs import WAITS, Machine, programs_of
-from tests.core.test_dpor import Texts, texts_of
+from tests.core.programs import WAITS, Machine, Texts, programs_of
+from tests.core.test_dpor import texts_of
 
 DEADLOCKING = texts_of("add", "set", "load", *WAITS, length=5, tasks=4)
 

@@ -191,3 +191,14 @@ def test_a_violation_that_model_code_reports_keeps_its_name() -> None:
         host.spawn(fail)
 
     assert failing(test, "states")[1].property == "never fails"
+
+
+def test_each_step_is_told_once() -> None:
+    """By what the model says of it (locks), or else by what the step itself says."""
+    drawn = failing(lambda host: abba(host, meet=False), "states")[1].diagram
+    assert "+b" in drawn
+    assert "lock b" not in drawn
+    drawn = failing(lambda host: counting(host, locked=False), "dpor")[1].diagram
+    assert [line.split() for line in drawn.splitlines()[3:]] == [
+        [str(number), what, "counter"] for number, what in enumerate(("read", "read", "write", "write"), 1)
+    ]

@@ -16,11 +16,12 @@ from septum.core.dpor import Reducer, RunBounds, RunVerdict
 from septum.core.explore import Bounds, Explorer, Verdict
 from septum.core.run import Chooser, Outcome, round_robin, run
 from septum.core.sampling import SAMPLERS, profile
-from septum.core.steps import Violation
+from septum.core.steps import Program, Violation
 from septum.core.trace import pack_schedule, unpack_schedule
 from septum.lab.shrink import following, shrink_schedule
 from septum.report.sequence import sequence_diagram
 from septum.testing.host import Host
+from septum.testing.narration import narrated, without_mute_steps
 
 Strategy = Literal["states", "dpor", "pct", "random"]
 
@@ -32,7 +33,7 @@ class Counterexample(AssertionError):
         super().__init__(f"{outcome.violation}: {outcome.message}")
         self.property = outcome.violation
         self.schedule = "; ".join(pack_schedule(list(schedule)) for schedule in runs)
-        self.diagram = sequence_diagram(outcome.trace.events)
+        self.diagram = sequence_diagram(without_mute_steps(outcome.trace.events))
 
 
 @dataclass
@@ -147,7 +148,14 @@ class _Trial:
         with self._stage() as attempt:
             for schedule in runs[:-1]:
                 attempt(following(schedule), len(schedule), lock_order=order)
-            return attempt(following(runs[-1]), None, lock_order=order, stop_at_cycle=stop_at_cycle, keep_events=True)
+            return attempt(
+                following(runs[-1]),
+                None,
+                programs=[narrated(program) for program in self.host.programs],
+                lock_order=order,
+                stop_at_cycle=stop_at_cycle,
+                keep_events=True,
+            )
 
     def _judge(self, verdict: Verdict | RunVerdict, complete: bool) -> None:
         __tracebackhide__ = True
@@ -175,11 +183,15 @@ class _Trial:
         """Live runs, each of which begins where the test left its world."""
         host, journal = self.host, Journal(self.host.world)
 
-        def attempt(choose: Chooser, steps: int | None, **options: Any) -> Outcome:
+        def attempt(
+            choose: Chooser, steps: int | None, programs: Sequence[Program] = host.programs, **options: Any
+        ) -> Outcome:
             mark, objects = journal.mark(), host.world.mark()
+            options = {"stop_at_cycle": False, "keep_events": False} | options
             try:
-                options = {"stop_at_cycle": False, "keep_events": False, "level": host.level} | options
-                outcome = run(host.programs, choose, max_steps=steps, invariants=host.invariants, **options)
+                outcome = run(
+                    programs, choose, level=host.level, max_steps=steps, invariants=host.invariants, **options
+                )
                 if outcome.ended and not outcome.violation and (failure := self._end(outcome.results)):
                     outcome.violation, outcome.message = failure
                 return outcome
