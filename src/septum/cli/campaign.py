@@ -72,6 +72,24 @@ def write_counterexample(recording: Recording) -> str:
     return save(recording).name
 
 
+def write_shrunk(recording: Recording) -> tuple[str, list[Outcome]]:
+    """Writes a counterexample, and then a shrunk one in its place; returns the file's name and the runs behind it."""
+    from pathlib import Path
+
+    from septum.lab.recording import replay
+    from septum.lab.shrink import shrink
+
+    found = write_counterexample(recording)
+    try:
+        recording = shrink(recording)
+    except KeyboardInterrupt:
+        return found, replay(recording)
+    path = write_counterexample(recording)
+    if path != found:
+        Path(found).unlink()
+    return path, replay(recording)
+
+
 def events_of(outcome: Outcome) -> list[dict[str, Any]]:
     """The events of a run, for JSON."""
     return [asdict(event) for event in outcome.trace.events]

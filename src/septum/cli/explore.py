@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from septum.arch.errors import UsageError
-from septum.cli.campaign import STATUS, diagrams, sample_runs, title, write_counterexample
+from septum.cli.campaign import STATUS, diagrams, sample_runs, title, write_shrunk
 from septum.cli.options import Json, Params, Quiet, Scenario, Seed, count
 from septum.cli.output import Progress, fill, show
 
 if TYPE_CHECKING:
     from septum.core.run import Outcome
     from septum.lab import scenario as lab
-    from septum.lab.recording import Recording
 
 SAMPLES = 1000
 """Runs of ``--strategy pct`` or ``random`` unless ``--bound executions=N`` says otherwise."""
@@ -28,7 +28,17 @@ def explore(
         typer.Option(
             "--bound",
             metavar="NAME=N",
-            help="Stop at N states, depth, seconds or executions; repeatable.",
+            help="Stop at N states, depth, preemptions, seconds or executions; repeatable.",
+            default_factory=list,
+            show_default=False,
+        ),
+    ],
+    no_reduction: Annotated[
+        list[str],
+        typer.Option(
+            "--no-reduction",
+            metavar="NAME",
+            help="Switch a reduction off: lock-free, footprint or symmetry; repeatable.",
             default_factory=list,
             show_default=False,
         ),
@@ -41,6 +51,13 @@ def explore(
             help="Every state once, every order of conflicting steps, or seeded runs.",
         ),
     ] = "states",
+    depth_first: Annotated[bool, typer.Option("--depth-first", help="Go deep first: less memory.")] = False,
+    liveness: Annotated[
+        bool, typer.Option("--liveness", help="Also check that no task takes for ever; without reductions.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FILE", help="Go on from a checkpoint of the same exploration.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -58,7 +75,12 @@ def explore(
     bounds = read_bounds(bound, strategy)
     progress = Progress(quiet=quiet)
     if strategy == "states":
-        record, outcomes = _every_state(chosen, values, bounds, progress)
+        from septum.cli.every_state import Ways, every_state
+
+        ways = Ways(depth_first, liveness, tuple(no_reduction), resume)
+        record, outcomes = every_state(chosen, values, bounds, ways, progress)
+    elif no_reduction or depth_first or liveness or resume:
+        raise UsageError("--no-reduction, --depth-first, --liveness and --resume are for --strategy states")
     elif strategy == "dpor":
         record, outcomes = _every_order(chosen, values, bounds, progress)
     else:
@@ -75,12 +97,14 @@ def explore(
     blocks = [title(chosen, values), summary(record), *diagrams(outcomes)]
     if record["counterexample"]:
         blocks.append(f"septum replay {record['counterexample']} shows this again")
+    if record["verdict"] == "interrupted" and record.get("checkpoint"):
+        blocks.append(f"--resume {record['checkpoint']} goes on from here")
     show(record, record["verdict"], blocks, as_json=as_json, quiet=quiet)
     return STATUS[record["verdict"]]
 
 
 KNOWN_BOUNDS = {
-    "states": ("states", "depth", "seconds"),
+    "states": ("states", "depth", "preemptions", "seconds"),
     "dpor": ("executions", "depth", "seconds"),
     "pct": ("executions",),
     "random": ("executions",),
@@ -95,7 +119,8 @@ def read_bounds(bounds: list[str], strategy: str) -> dict[str, int]:
     read = {}
     for text in bounds:
         name, _, number = text.partition("=")
-        if name not in KNOWN_BOUNDS[strategy] or not number.isdecimal() or not 0 < int(number) < 1 << 63:
+        least = 0 if name == "preemptions" else 1
+        if name not in KNOWN_BOUNDS[strategy] or not number.isdecimal() or not least <= int(number) < 1 << 63:
             known = ", ".join(f"{known}=N" for known in KNOWN_BOUNDS[strategy])
             raise UsageError(f"--bound {text!r} is no bound of strategy {strategy}: give {known}, with N above 0")
         read[name] = int(number)
@@ -106,7 +131,7 @@ def summary(record: dict[str, Any]) -> str:
     """The verdict as a sentence, with what it is based on."""
     within = " and ".join(f"{name}={number:,}" for name, number in record["bounds"].items())
     words = {
-        "proved": "proved: every reachable state was looked at"
+        "proved": f"proved: every reachable state was looked at{', and no task can take for ever' * record['liveness']}"
         if record["states"] is not None
         else "proved: every order of steps that have anything to do with each other was run",
         "bounded": f"bounded: nothing found within {within}",
@@ -122,40 +147,12 @@ def summary(record: dict[str, Any]) -> str:
             count(record["transitions"], "transition"),
             f"depth {record['depth']:,}",
         ]
+        if record["reductions"]:
+            work.append(f"reduced by {' and '.join(record['reductions'])}")
+        if record["verdict"] == "bounded":
+            work.append(f"{count(record['unexpanded'], 'state')} left to go on from")
     work.append(f"{record['seconds']:.2f} s")
     return f"{fill(words[record['verdict']])}\n{', '.join(work)}"
-
-
-def _every_state(
-    scenario: lab.Scenario, values: dict[str, lab.Value], bounds: dict[str, int], progress: Progress
-) -> tuple[dict[str, Any], list[Outcome]]:
-    """Explores the states; the runs are those of the counterexample."""
-    from septum.core.explore import Bounds
-    from septum.lab.recording import counterexample
-    from septum.lab.recording import explore as explore_states
-
-    def tell(states: int, transitions: int, depth: int, frontier: int) -> None:
-        progress(f"{states:,} states, {transitions:,} transitions, depth {depth:,}, {frontier:,} to go on from")
-
-    verdict = explore_states(scenario, values, Bounds(**bounds), progress=tell)
-    path: str | None = None
-    outcomes: list[Outcome] = []
-    if verdict.verdict == "violated":
-        recording, outcomes = counterexample(scenario, values, verdict)
-        path = write_counterexample(recording)
-    return {
-        "verdict": verdict.verdict,
-        "property": verdict.property,
-        "message": verdict.message,
-        "executions": verdict.runs,
-        "steps": verdict.transitions,
-        "states": verdict.states,
-        "transitions": verdict.transitions,
-        "depth": verdict.depth,
-        "seconds": verdict.seconds,
-        "collision_probability": verdict.collision_probability,
-        "counterexample": path,
-    }, outcomes
 
 
 def _every_order(
@@ -175,7 +172,7 @@ def _every_order(
     path: str | None = None
     outcomes: list[Outcome] = []
     if verdict.verdict == "violated":
-        path, outcomes = _write_shrunk(counterexample(scenario, values, verdict)[0])
+        path, outcomes = write_shrunk(counterexample(scenario, values, verdict)[0])
     return {
         "verdict": verdict.verdict,
         "property": verdict.property,
@@ -188,24 +185,6 @@ def _every_order(
         "seconds": verdict.seconds,
         "counterexample": path,
     }, outcomes
-
-
-def _write_shrunk(recording: Recording) -> tuple[str, list[Outcome]]:
-    """Writes a counterexample, and then a shrunk one in its place; returns the file's name and the runs behind it."""
-    from pathlib import Path
-
-    from septum.lab.recording import replay
-    from septum.lab.shrink import shrink
-
-    found = write_counterexample(recording)
-    try:
-        recording = shrink(recording)
-    except KeyboardInterrupt:
-        return found, replay(recording)
-    path = write_counterexample(recording)
-    if path != found:
-        Path(found).unlink()
-    return path, replay(recording)
 
 
 def _samples(
@@ -226,7 +205,7 @@ def _samples(
     path: str | None = None
     outcomes: list[Outcome] = []
     if found.verdict == "violated" and found.shown:
-        path, outcomes = _write_shrunk(record(scenario, values, found.shown))
+        path, outcomes = write_shrunk(record(scenario, values, found.shown))
     return {
         "verdict": found.verdict,
         "property": outcomes[-1].violation if outcomes else None,

@@ -33,6 +33,8 @@ _DIGEST: Final = 32
 class Checkpoint:
     """Where, how often (``interval``, seconds) and of what an exploration leaves checkpoints.
 
+    Writing takes at most a tenth of the time: where it takes long, it is done less often.
+
     ``subject`` says what is explored: a checkpoint of anything else is refused. With ``resume`` the exploration begins
     with what the file holds.
     """
@@ -42,17 +44,18 @@ class Checkpoint:
         self.subject = subject
         self.interval = interval
         self.resume = resume
-        self._last = time.monotonic()
+        self._next = time.monotonic() + interval
 
     def due(self) -> bool:
         """Whether the last one is so long ago that another is to be written."""
-        return time.monotonic() - self._last >= self.interval
+        return time.monotonic() >= self._next
 
     def write(self, automata: Automata, search: Search, parts: Sequence[Any]) -> None:
         """Writes what is known now. ``parts`` are further objects whose ``SAVED`` attributes belong to it.
 
         :raises UsageError: when the file cannot be written, or a value cannot be told in a stable way.
         """
+        begin = time.monotonic()
         links: dict[int, int] = {}
         rows: list[tuple[int, int, int]] = []
         content = {
@@ -80,7 +83,8 @@ class Checkpoint:
             scratch.replace(self.path)
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written ({error.strerror}); give a path that can") from None
-        self._last = time.monotonic()
+        now = time.monotonic()
+        self._next = now + max(self.interval, 10 * (now - begin))
 
     def read(self, automata: Automata, search: Search, parts: Sequence[Any]) -> None:
         """Puts back what :meth:`write` wrote; the arguments are fresh ones of the same exploration.

@@ -200,6 +200,8 @@ class _Course:
             verdict.verdict = "interrupted"
             if self.checkpoint and not (self.reduction and self.reduction.stale()):
                 self.checkpoint.write(self.automata, search, self.parts)
+        if self.reduction:
+            verdict.reductions = tuple(name for name in verdict.reductions if name not in self.reduction.given_up)
         verdict.states, verdict.transitions, verdict.unexpanded = search.states, search.transitions, search.left()
         if verdict.verdict in ("proved", "bounded") and ctx.cycles:
             cycle, message = ctx.cycles[0]

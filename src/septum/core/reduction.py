@@ -117,6 +117,11 @@ class Reduction:
                 return chosen
         return self._tasks
 
+    @property
+    def given_up(self) -> set[str]:
+        """What is not used (any more)."""
+        return {name for name, used in ((LOCK_FREE, self._lock_free), (FOOTPRINT, self._footprint)) if not used}
+
     def stale(self) -> bool:
         """Whether a choice has been made, since this was last asked, that what is known now forbids.
 

@@ -66,11 +66,11 @@ def sample(scenario: Scenario, values: Mapping[str, Value], choose: Chooser, **o
 
 
 def explore(scenario: Scenario, values: Mapping[str, Value], bounds: Bounds, **options: Any) -> Verdict:
-    """Every state of a scenario; ``options`` are those of :class:`Explorer` and its ``progress``."""
+    """Every state of a scenario; ``options`` are those of :class:`Explorer` and of its ``explore``."""
     setting = scenario.setting(values)
-    progress = options.pop("progress", None)
+    further = {name: options.pop(name) for name in ("progress", "checkpoint") if name in options}
     explorer = Explorer(setting.world, setting.programs, invariants=setting.invariants, level=scenario.level, **options)
-    return explorer.explore(bounds, progress)
+    return explorer.explore(bounds, **further)
 
 
 def record(
