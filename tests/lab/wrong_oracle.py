@@ -1,0 +1,47 @@
+"""An oracle that is wrong on purpose: the model's module with the one defect that the command line names.
+
+python wrong_oracle.py [DEFECT]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from septum.arch.leaves import HostLeaf
+from septum.arch.operands import Operand
+from septum.arch.status import Status
+from septum.lab.oracle_model import ModelOracle, serve
+
+BUSY = Status.TDX_OPERAND_BUSY
+CODE = 0xFFFF_FFFF_0000_0000
+
+
+class WrongOracle(ModelOracle):
+    """Answers every call as the model does, but for one defect."""
+
+    def __init__(self, defect: str) -> None:
+        super().__init__()
+        self.defect = defect
+
+    def seamcall(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        leaf = int(request["in"]["rax"], 16) & 0xFFFF
+        td = self.machine.module.td(int(request["in"].get("rcx", "0"), 16))
+        epoch = td.tdcs.td_epoch
+        out = super().seamcall(request)
+        rax = int(out.get("rax", "0"), 16)
+        match self.defect:
+            case "operand" if leaf == HostLeaf.TDH_MEM_PAGE_AUG and rax & CODE == BUSY:
+                out["rax"] = f"{BUSY | Operand.SEPT_ENTRY:#x}"
+            case "epoch" if leaf == HostLeaf.TDH_MEM_TRACK and rax == 0:
+                td.tdcs.td_epoch = epoch
+            case "register" if leaf == HostLeaf.TDH_VP_FLUSH and rax == 0:
+                out["r11"] = "0x1"
+            case "status" if leaf == HostLeaf.TDH_SYS_LP_INIT and rax == 0:
+                out["rax"] = "0x1"
+        return out
+
+
+if __name__ == "__main__":
+    serve(WrongOracle(*sys.argv[1:] or [""]))
