@@ -181,6 +181,20 @@ def test_a_guest_that_gives_up_ends_the_vm() -> None:
     assert result.leaked_pages == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_vcpu_that_computes_for_ever_is_made_to_leave(seed: int) -> None:
+    async def script(vcpu: Vcpu) -> None:
+        await vcpu.publish(True)
+        if vcpu.index:
+            await vcpu.idle()
+        await vcpu.io_write(0x604, 0x2000, 2)
+
+    result = boot(memory=MEMORY, vcpus=3, guest=script, platform="small", choose=at_random(seed))
+    assert [problem for problem in result.problems if not problem.startswith("not finished")] == []
+    assert result.exit == "power off"
+    assert result.leaked_pages == 0
+
+
 def test_a_triple_fault_ends_the_vm() -> None:
     async def script(vcpu: Vcpu) -> None:
         await vcpu.touch(1 << 49)

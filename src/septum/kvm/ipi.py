@@ -75,10 +75,7 @@ class Ipis(Fixed):
             if index == task.cpu:
                 own = cpu if local else None
             elif cpu.online:
-                cpu.asked += 1
-                cpu.pending = (*cpu.pending, (cpu.asked, name, argument))
-                asked.append((cpu, cpu.asked))
-                emit("ipi", f"IPI {name} -> CPU {index}")
+                asked.append((cpu, self.send(cpu, name, argument)))
         answers = []
         if own is not None:
             async with IrqsOff(own):
@@ -86,6 +83,14 @@ class Ipis(Fixed):
         for cpu, number in asked if wait else ():
             answers.append(await self._answer(cpu, number, name))
         return answers
+
+    @staticmethod
+    def send(cpu: Cpu, name: str, argument: Any = None) -> int:
+        """Asks another CPU, without waiting; returns the number of the request."""
+        cpu.asked += 1
+        cpu.pending = (*cpu.pending, (cpu.asked, name, argument))
+        emit("ipi", f"IPI {name} -> CPU {cpu.index}")
+        return cpu.asked
 
     async def _answer(self, cpu: Cpu, number: int, name: str) -> int:
         await wait_until(lambda: cpu.done >= number, f"IPI {name} answered by", cpu)

@@ -12,7 +12,7 @@ from errno import EBADF, EFAULT, EIO, ENODEV, ENOTTY
 from typing import TYPE_CHECKING, Any, Final
 
 from septum.core.cells import Fixed
-from septum.core.steps import Step, step
+from septum.core.steps import Step, Task, current_task, step
 from septum.kvm import abi
 from septum.kvm.abi import CpuidEntry2, CreateGuestMemfd, MemoryAttributes, UserspaceMemoryRegion2
 from septum.kvm.arguments import Capabilities, InitVm, Region
@@ -233,13 +233,22 @@ class Process(Fixed):
         for fd in self.files.open_fds():
             await self.close(fd)
 
-    def kill(self, task: str) -> None:
-        """A signal becomes pending for one of the process's threads, and wakes it if its vCPU is halted."""
-        self.host.signals[task] = True
+    def kill(self, task: Task | str, cpu: int = -1) -> None:
+        """A signal becomes pending for one of the process's threads, given as a task or by its name.
 
-    def take_signal(self, task: str) -> None:
+        It wakes the thread if its vCPU is halted; if it runs on another CPU (of a task that is known, else ``cpu``), it
+        leaves the guest (``kick_process``).
+        """
+        if isinstance(task, Task):
+            cpu = task.cpu
+            task = task.name
+        self.host.signals[task] = True
+        if cpu not in (-1, current_task().cpu):
+            self.host.ipis.send(self.host.cpus[cpu], "ack_kick")
+
+    def take_signal(self, task: Task | str) -> None:
         """The thread handles its signal."""
-        self.host.signals.pop(task, None)
+        self.host.signals.pop(task.name if isinstance(task, Task) else task, None)
 
     # -- system calls ------------------------------------------------------------------------------------------------
 

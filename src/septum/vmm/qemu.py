@@ -135,7 +135,7 @@ class Qemu(Fixed):
         self.state.reason = reason
         emit("vmm", f"the VM ends: {reason}")
         for i in range(len(self._guests)):
-            self.process.kill(self._thread_name(i))
+            self.process.kill(self._thread_name(i), i)
 
     # -- building ----------------------------------------------------------------------------------------------------
 
