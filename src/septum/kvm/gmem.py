@@ -139,8 +139,8 @@ async def kvm_gmem_get_pfn(kvm: Vm, slot: Memslot, gfn: int) -> int:
 async def kvm_gmem_populate(kvm: Vm, gfn: int, source: UserPtr, post_populate: PostPopulate) -> int:
     """``kvm_gmem_populate`` for one page, with ``slots_lock`` held: how many pages were populated, or a negative errno.
 
-    A page that is prepared already is refused with -EEXIST. That goes also for one that ``post_populate`` mapped before it
-    failed, because mapping it prepared it: only after a hole is punched there can it be tried again.
+    A page that is prepared already is refused with -EEXIST. That goes also for one that ``post_populate`` mapped before
+    it failed, because mapping it prepared it: only after a hole is punched there can it be tried again.
     """
     slot = gfn_to_memslot(kvm.memslots, gfn)
     if slot is None or not slot.flags & KVM_MEM_GUEST_MEMFD:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from septum.core.interrupts import IrqsOff
 from septum.core.steps import current_task, step, wait_until
 from septum.kvm.abi import KVM_EXIT_INTR, KVM_EXIT_UNKNOWN
+from septum.kvm.events import kvm_arch_vcpu_runnable
 from septum.kvm.lifetime import vcpu_load
 from septum.kvm.mmu.roots import kvm_mmu_reload
 from septum.kvm.requests import KVM_REQ_UNBLOCK, KVM_REQ_VM_DEAD, VcpuMode, kvm_check_request
@@ -135,19 +136,6 @@ async def kvm_vcpu_block(vcpu: Vcpu) -> None:
     signals, name = vcpu.kvm.host.signals, current_task().name
     await wait_until(lambda: vcpu.woken or kvm_arch_vcpu_runnable(vcpu) or name in signals, "be woken", vcpu)
     vcpu.blocking = vcpu.woken = False
-
-
-def kvm_arch_vcpu_runnable(vcpu: Vcpu) -> bool:
-    """``kvm_arch_vcpu_runnable``."""
-    return vcpu.mp_state == MpState.RUNNABLE or kvm_vcpu_has_events(vcpu)
-
-
-def kvm_vcpu_has_events(vcpu: Vcpu) -> bool:
-    """``kvm_vcpu_has_events``: interrupts in the posted-interrupt descriptor.
-
-    The kernel also asks the module for those that the CPU has taken from there and the guest has not: the modelled CPU
-    takes none before the guest does."""
-    return bool(vcpu.posted)
 
 
 def kvm_vcpu_srcu_read_lock(vcpu: Vcpu) -> None:

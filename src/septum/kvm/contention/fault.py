@@ -12,6 +12,7 @@ from errno import EIO
 from typing import TYPE_CHECKING, Final
 
 from septum.core.steps import Step, step
+from septum.kvm.events import kvm_vcpu_has_events
 from septum.kvm.memslot import KVM_MEMSLOT_INVALID, gfn_to_memslot
 from septum.kvm.mmu.fault import RetPf
 from septum.kvm.requests import KVM_REQ_VM_DEAD, kvm_check_request
@@ -32,7 +33,7 @@ async def retry_locally(vcpu: Vcpu, gfn: int, attempt: Attempt) -> int:
     """
     while True:
         r = await attempt()
-        if r != RetPf.RETRY or vcpu.posted or signal_pending(vcpu.kvm.host):
+        if r != RetPf.RETRY or kvm_vcpu_has_events(vcpu) or signal_pending(vcpu.kvm.host):
             return r
         await step("read", "vcpu->requests")
         if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):

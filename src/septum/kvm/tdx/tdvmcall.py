@@ -34,6 +34,7 @@ from septum.kvm.abi import (
     TDVMCALL_STATUS_SUCCESS,
 )
 from septum.kvm.cpuid import kvm_cpuid
+from septum.kvm.events import kvm_vcpu_has_events
 from septum.kvm.msrs import tdx_get_msr, tdx_set_msr
 from septum.kvm.run_struct import (
     HypercallExit,
@@ -121,7 +122,7 @@ def tdx_complete_vmcall_map_gpa(vcpu: Vcpu) -> int:
     vcpu.map_gpa_next += TDX_MAP_GPA_MAX_LEN
     if vcpu.map_gpa_next >= vcpu.map_gpa_end:
         return 1
-    if vcpu.posted:
+    if kvm_vcpu_has_events(vcpu):
         set_args(vcpu, r11=vcpu.map_gpa_next)
         return tdvmcall_set_return_code(vcpu, TDVMCALL_STATUS_RETRY)
     return tdx_map_gpa_chunk(vcpu)
@@ -222,7 +223,7 @@ def tdx_emulate_cpuid(vcpu: Vcpu) -> int:
 
 def tdx_emulate_hlt(vcpu: Vcpu) -> int:
     """``kvm_emulate_halt_noskip``: the vCPU sleeps until there is an interrupt for it."""
-    if not vcpu.posted:
+    if not kvm_vcpu_has_events(vcpu):
         vcpu.mp_state = MpState.HALTED
     return 1
 
