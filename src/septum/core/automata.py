@@ -34,10 +34,10 @@ class Local:
     ``result`` is what the task returned, in a local state where it has ended.
     """
 
-    __slots__ = ("ended", "key", "log", "number", "parent", "pending", "result", "spare", "task")
+    __slots__ = ("ended", "key", "log", "number", "parent", "pending", "rank", "result", "spare", "task")
 
     def __init__(self, number: int, task: int, parent: Local | None, log: Log, halt: _Halt) -> None:
-        self.number = number
+        self.number = self.rank = number
         self.task = task
         self.parent = parent
         self.log = log
@@ -129,7 +129,6 @@ class Automata:
         self.trees: list[Any] = []
         self.locals: list[Local] = []
         self.watchers: list[Watcher] = []
-        self._ranks: dict[Any, int] = {}
         self._by_key: dict[Any, Local] = {}
         self._others: dict[int, list[tuple[Local, Log]]] = {}
         self._prelude: list[Recording] = []
@@ -154,7 +153,7 @@ class Automata:
 
     def rank(self, number: int) -> int:
         """How early a local state became known, or one of another task that can take its place."""
-        return self._ranks[self.locals[number].key]
+        return self.locals[number].rank
 
     def to_initial(self) -> None:
         self.vectors.load(self.vectors.initial)
@@ -270,10 +269,8 @@ class Automata:
     def _new_local(self, task: int, parent: Local | None, log: Log, halt: _Halt) -> Local:
         local = self._by_key[halt.key] = Local(len(self.locals), task, parent, log, halt)
         self.locals.append(local)
-        if halt.key not in self._ranks:
-            self._ranks[halt.key] = local.number
-            for exchange in self.vectors.numbers.exchanges:
-                self._ranks[exchange.local(halt.key)] = local.number
+        images = [exchange.local(halt.key) for exchange in self.vectors.numbers.exchanges]
+        local.rank = min((self._by_key[image].rank for image in images if image in self._by_key), default=local.number)
         self.trees.append(ENDED if halt.ended else None)
         return local
 

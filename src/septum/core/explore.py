@@ -156,6 +156,9 @@ class _Course:
         self.checkpoint = checkpoint
         self.exact = explorer.exact
         self.by_level = not explorer.depth_first and bounds.preemptions is None
+        self.wrong = False
+        """Whether a choice of the reduction was wrong. There is more to be learnt before the search begins again."""
+        self.patience = 256
         self.start = time.perf_counter()
         self.stop = StateFunction(automata, explorer.stop) if explorer.stop else None
         self.graph = LocalGraph(automata) if explorer.liveness else None
@@ -198,7 +201,7 @@ class _Course:
                 self._check_liveness(self.graph)
         except KeyboardInterrupt:
             verdict.verdict = "interrupted"
-            if self.checkpoint and not (self.reduction and self.reduction.stale()):
+            if self.checkpoint and not self.wrong and not (self.reduction and self.reduction.stale()):
                 self.checkpoint.write(self.automata, search, self.parts)
         if self.reduction:
             verdict.reductions = tuple(name for name in verdict.reductions if name not in self.reduction.given_up)
@@ -211,6 +214,7 @@ class _Course:
 
     def _begin(self, search: Search) -> None:
         search.begin()
+        self.wrong = False
         if self.reduction:
             self.reduction.stale()
 
@@ -233,6 +237,9 @@ class _Course:
             if verdict.verdict == "violated":
                 break
             if self.reduction and self.reduction.stale():
+                self.wrong = True
+            if self.wrong and search.states >= self.patience:
+                self.patience = 2 * search.states
                 return False
             level_done = search.todo in ([], [None])
             self._note_levels(search, search.level + level_done)
@@ -242,8 +249,8 @@ class _Course:
                 if search.level == limit and search.following:
                     verdict.verdict = "bounded"
                 elif not search.next_level():
-                    break
-            if self.checkpoint and self.checkpoint.due():
+                    return not self.wrong
+            if self.checkpoint and not self.wrong and self.checkpoint.due():
                 self.checkpoint.write(self.automata, search, self.parts)
         return True
 

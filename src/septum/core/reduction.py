@@ -101,6 +101,7 @@ class Reduction:
         self._asked = self._helped = 0
         self._version = 0
         self._visible = 0
+        self._seen: list[int] = []
 
     def choose(self, search: Search, vector: Vector, link: Link) -> Iterable[int]:
         """The tasks whose steps are to be looked at in a state."""
@@ -127,9 +128,14 @@ class Reduction:
 
         Or whether sets of tasks have turned out not to be worth the time that they take, and are no longer looked for.
         """
-        visible = self._visible | self.footprints.mask(cell for function in self._functions for cell in function.cells)
-        grown = visible != self._visible
-        self._visible = visible
+        grown = False
+        seen = [len(function.cells) for function in self._functions]
+        if seen != self._seen:
+            self._seen = seen
+            visible = self._visible
+            for function in self._functions:
+                self._visible |= self.footprints.mask(function.cells)
+            grown = visible != self._visible
         if self._version != self.footprints.version:
             self._version = self.footprints.version
             for pair, clash in self._clashes.items():
