@@ -144,6 +144,23 @@ def test_memory_that_is_used_as_shared_is_converted_by_the_vmm() -> None:
     assert calls(result, HostLeaf.TDH_MEM_PAGE_REMOVE) > 1
 
 
+def test_neither_side_finds_again_what_it_had_before_a_conversion() -> None:
+    async def script(vcpu: Vcpu) -> None:
+        gpa, shared = 0x100_0000, 0x100_0000 | vcpu.shared_bit
+        await vcpu.write(gpa, b"private")
+        await vcpu.map_gpa(gpa, PAGE_4K, shared=True)
+        assert await vcpu.read(shared, 7) == bytes(7)
+        await vcpu.write(shared, b"shared")
+        await vcpu.map_gpa(gpa, PAGE_4K, shared=False)
+        assert await vcpu.read(gpa, 7) == bytes(7)
+        await vcpu.map_gpa(gpa, PAGE_4K, shared=True)
+        assert await vcpu.read(shared, 7) == bytes(7)
+        await vcpu.publish(True)
+        await vcpu.io_write(0x604, 0x2000, 2)
+
+    check(boot(guest=script))
+
+
 def test_a_large_conversion_goes_in_parts() -> None:
     async def script(vcpu: Vcpu) -> None:
         await vcpu.map_gpa(0x100_0000, 5 * PAGE_2M, shared=True)

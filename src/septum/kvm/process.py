@@ -1,14 +1,14 @@
 """A userspace process that uses KVM: file descriptors, ioctls and its own memory.
 
-Every call returns what the system call would: a file descriptor, 0, or a negative errno. :meth:`Process.ioctl` takes
-structures in bytes, as the real one; the others are the same calls with Python arguments.
+Every call returns what the system call would: a file descriptor, 0, or a negative errno. The same calls with numbers
+and structures in bytes: :mod:`septum.kvm.raw_ioctl`.
 Source: Linux 6.16, ``virt/kvm/kvm_main.c``, ``arch/x86/kvm/x86.c``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from errno import EBADF, EFAULT, EIO, ENODEV, ENOTTY
+from errno import EBADF, EFAULT, EIO, ENODEV, ENOMEM, ENOTTY
 from typing import TYPE_CHECKING, Any, Final
 
 from septum.core.cells import Fixed
@@ -71,13 +71,23 @@ class Process(Fixed):
 
     async def munmap(self, address: int, size: int) -> int:
         """``munmap`` of whole mappings. VMs that have the pages as shared memory let go of them first."""
-        vms = self.mm.space.vms
         async with self.mm.mmap_lock.write():
-            for kvm in vms:
-                await kvm_mmu_notifier_invalidate_range_start(kvm, address, address + size)
-            self.mm.unmap(address, address + size)
-            for kvm in vms:
-                await kvm_mmu_notifier_invalidate_range_end(kvm)
+            return await self._take_pages(address, size, self.mm.unmap)
+
+    async def madvise_dontneed(self, address: int, size: int) -> int:
+        """``madvise(MADV_DONTNEED)``: the pages go, the mapping stays."""
+        if not self.mm.is_mapped(address, size):
+            return -ENOMEM
+        async with self.mm.mmap_lock.read():
+            return await self._take_pages(address, size, self.mm.discard)
+
+    async def _take_pages(self, address: int, size: int, take: Callable[[int, int], None]) -> int:
+        vms = self.mm.space.vms
+        for kvm in vms:
+            await kvm_mmu_notifier_invalidate_range_start(kvm, address, address + size)
+        take(address, address + size)
+        for kvm in vms:
+            await kvm_mmu_notifier_invalidate_range_end(kvm)
         return 0
 
     # -- VMs ---------------------------------------------------------------------------------------------------------

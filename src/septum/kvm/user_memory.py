@@ -8,7 +8,7 @@ from __future__ import annotations
 from errno import EFAULT, ENOMEM
 from typing import TYPE_CHECKING, Final
 
-from septum.arch.pages import PAGE_4K, align_up
+from septum.arch.pages import PAGE_4K, PAGES_4K_IN_2M, align_up
 from septum.core.cells import Fixed, Shared, SharedMap
 from septum.core.klocks import RwSem
 
@@ -42,6 +42,8 @@ class UserMemory(Fixed):
         self.space = AddressSpace(f"{name}.mm")
         self.mmap_lock = RwSem(f"mmap_lock[{name}]")
         self._pages: SharedMap[int, int] = SharedMap(f"{name}.pages", 0)
+        self._blocks: SharedMap[int, int] = SharedMap(f"{name}.blocks", 0)
+        """Which pages of each 2 MiB are there, so that large mappings that are nearly empty go fast."""
 
     def mmap(self, size: int) -> int:
         """``mmap`` of anonymous memory; returns its address."""
@@ -54,9 +56,20 @@ class UserMemory(Fixed):
     def unmap(self, start: int, end: int) -> None:
         """Takes mappings and their pages away, whole areas at a time."""
         self.space.areas = tuple(area for area in self.space.areas if not start <= area[0] < end)
-        for page in range(start // PAGE_4K, end // PAGE_4K):
-            if pa := self._pages.pop(page, 0):
-                self.host.pages.put(pa)
+        self.discard(start, end)
+
+    def discard(self, start: int, end: int) -> None:
+        """Takes pages away; the mappings stay, and are zero when they are used again."""
+        first, last = start // PAGE_4K, end // PAGE_4K
+        for block in range(first // PAGES_4K_IN_2M, -(-last // PAGES_4K_IN_2M)):
+            present = self._blocks[block]
+            base = block * PAGES_4K_IN_2M
+            while present:
+                page = base + present.bit_length() - 1
+                present &= ~(1 << page - base)
+                if first <= page < last:
+                    self.host.pages.put(self._pages.pop(page))
+                    self._blocks.store(block, self._blocks[block] & ~(1 << page - base))
 
     def is_mapped(self, start: int, size: int) -> bool:
         """Whether a range lies within one mapping."""
@@ -77,6 +90,8 @@ class UserMemory(Fixed):
         if not pa:
             return -ENOMEM
         self._pages[page] = pa
+        block, bit = divmod(page, PAGES_4K_IN_2M)
+        self._blocks[block] = self._blocks[block] | 1 << bit
         return pa
 
     def register(self, kvm: Vm) -> None:

@@ -278,11 +278,13 @@ class Qemu(Fixed):
         if slot is None:
             return -errno.EINVAL
         attributes = abi.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
-        r = await self.process.set_memory_attributes(state.vm, gpa, size, attributes)
-        if r or private:
+        if r := await self.process.set_memory_attributes(state.vm, gpa, size, attributes):
             return r
+        offset = gpa - slot.memory.start
+        if private:
+            return await self.process.madvise_dontneed(slot.userspace_addr + offset, size)
         mode = abi.FALLOC_FL_PUNCH_HOLE | abi.FALLOC_FL_KEEP_SIZE
-        return await self.process.fallocate(slot.gmem, mode, gpa - slot.memory.start, size)
+        return await self.process.fallocate(slot.gmem, mode, offset, size)
 
 
 def _ok(call: str, result: int) -> None:
