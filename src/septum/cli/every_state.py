@@ -63,7 +63,7 @@ def every_state(
         checkpoint=checkpoint,
         depth_first=ways.depth_first,
         liveness=ways.liveness,
-        reductions=[name for name in REDUCTIONS if name not in ways.without],
+        reductions=[name for name in REDUCTIONS if scenario.reducible and name not in ways.without],
     )
     found, outcomes = _write_finding(scenario, values, verdict)
     if verdict.verdict != "interrupted":

@@ -58,13 +58,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A named scenario. ``build`` gets the parameters by name, in a fresh world, and returns tasks and invariants."""
+    """A named scenario. ``build`` gets the parameters by name, in a fresh world, and returns tasks and invariants.
+
+    A scenario that is not ``reducible`` is there for its number of states, which reductions would change.
+    """
 
     name: str
     title: str
     build: Callable[..., tuple[Sequence[Program], Sequence[Invariant]]]
     parameters: tuple[Parameter, ...] = ()
     level: int = CALLS
+    reducible: bool = True
 
     def setting(self, values: Mapping[str, Value]) -> Setting:
         """Builds the scenario in a world of its own (or in one that it brings)."""

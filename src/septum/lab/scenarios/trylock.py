@@ -90,5 +90,6 @@ SCENARIOS = (
             Parameter("retry", 3, "attempts after the first", 0, 20),
             Parameter("locks", 2, "locks that each call takes (below 2, updates get lost)", 0, 2),
         ),
+        reducible=False,
     ),
 )
