@@ -338,7 +338,7 @@ def _just(value: int) -> Operand:
 _TDR, _VP, _PAGE = map(_drawn, (Subject.its_tdr, Subject.vp, Subject.free_page))
 _SMALL_NUMBER, _ANY = map(_drawn, (Subject.small, Subject.word))
 _GPA, _ADDRESS = Subject.gpa, Subject.address
-_OF_MEANING: Final[dict[str, Operand]] = {
+OF_MEANING: Final[dict[str, Operand]] = {
     **dict.fromkeys(("TDR page", "TDR page and flags", "target TDR page"), _TDR),
     "service TDR page": _drawn(lambda subject: Subject.of(subject.dice, subject.module).tdr),
     **dict.fromkeys(("TDVPR page", "TDVPR page and flags"), _VP),
@@ -395,5 +395,5 @@ def _operands(leaf: HostLeaf) -> dict[str, Operand]:
     for names, meaning in registers(leaf).inputs.items():
         first, _, last = names.lower().partition("-r")
         each = [f"r{n}" for n in range(int(first[1:]), int(last) + 1)] if last else [first]
-        ways |= dict.fromkeys(each, _OF_MEANING.get(meaning, _ANY))
+        ways |= dict.fromkeys(each, OF_MEANING.get(meaning, _ANY))
     return ways

@@ -97,7 +97,7 @@ class PipeOracle:
                     raise self._failed(request, self._how_it_ended())
                 line, newline, more = received.partition(b"\n")
                 if more or (newline and unsent):
-                    raise self._failed(request, f"said more than the one line that was asked for: {start_of(more)}")
+                    raise self._failed(request, f"said more than the one line that was asked for: {start_of(received)}")
                 if newline:
                     return line
             for pipe in ready:
