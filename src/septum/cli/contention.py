@@ -89,11 +89,7 @@ def _matrix(*, as_json: bool, quiet: bool) -> int:
     summary = f"{busy:,} of {pairs:,} ordered pairs of operations can meet at a lock"
     blocks: list[Block] = [
         Table(
-            tuple(
-                (c.a, c.lock, c.b, c.answer.removeprefix("TDX_"))
-                for c in conflicts
-                if c.td == td
-            ),
+            tuple((c.a, c.lock, c.b, c.answer.removeprefix("TDX_")) for c in conflicts if c.td == td),
             ("while this call", "holds", "this one", "is told"),
             f"TD {td}",
         )
