@@ -59,9 +59,9 @@ class Thread:
 class OneFailure(Sharex):
     """A lock of the module that counts only the first of the shared attempts that fail while it is held exclusively.
 
-    In the real word each of them leaves a reader too many. Nobody sees that but the holder's release, which stores 0,
-    and an overflow takes 32,767 attempts in the time of one interface function. If they were counted, a vCPU that tries
-    again and again would come to ever new states.
+    In the real word each of them leaves a reader too many. Nobody sees that: the holder's release stores 0, and until
+    then the count only decides whether an attempt fails, which the exclusive bit does anyway (it wraps after 32,768). If
+    they were counted, a vCPU that tries again and again would come to tens of thousands of states that do the same.
     """
 
     __slots__ = ()
