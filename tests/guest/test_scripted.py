@@ -254,6 +254,42 @@ def test_a_guest_whose_script_is_over_halts_for_ever() -> None:
     assert host.guests[0].result == 7
 
 
+def test_a_script_that_cannot_do_without_the_host_gives_up() -> None:
+    async def script(vcpu: Vcpu) -> None:
+        await vcpu.io_write(0x70, 1, 1)
+
+    def refuse(regs: Regs) -> None:
+        regs.r10 = 1 << 63
+
+    host = GuestHost(script)
+    host.answers[ExitReason.IO_INSTRUCTION] = refuse
+    with pytest.raises(AssertionError, match="does not come to its end"):
+        host.run(exits=4)
+    assert [call.r11 for call in host.calls] == [ExitReason.IO_INSTRUCTION, 0x10003]
+    assert host.reasons[-1] == ExitReason.TRIPLE_FAULT
+
+
+def test_a_diagram_tells_what_the_guest_does() -> None:
+    async def script(vcpu: Vcpu) -> None:
+        await vcpu.accept(0x1000, 0x2000)
+        await vcpu.accept_page(0x1000)
+        await vcpu.write(0x1000, b"x")
+        await vcpu.map_gpa(0x1000, 0x1000, shared=True)
+
+    host = GuestHost(script)
+    outcome = run(host.programs())
+    shown = [event.text for event in outcome.trace.events if event.kind in ("tdcall", "access")]
+    assert shown == [
+        "TDG.MEM.PAGE.ACCEPT 0x1000 4K",
+        "TDG.MEM.PAGE.ACCEPT 0x1000 4K",
+        "TDG.MEM.PAGE.ACCEPT 0x1000 4K",
+        "TDG.MEM.PAGE.ACCEPT -> TDX_PAGE_ALREADY_ACCEPTED",
+        "writes 0x1000",
+        "TDG.VP.VMCALL MapGPA R12=0x800000001000",
+        "TDG.VP.VMCALL HLT_INSTRUCTION R12=0x1",
+    ]
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,19 @@ from collections.abc import Generator
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from septum.arch import sept, vmcs
-from septum.arch.exits import ExitReason
-from septum.arch.leaves import LEAF_MASK, leaf_name
-from septum.arch.pages import PAGE_4K, is_shared_gpa
+from septum.arch.exits import ExitReason, exit_reason_name
+from septum.arch.leaves import LEAF_MASK, GuestLeaf, leaf_name
+from septum.arch.pages import PAGE_4K, SIZE_NAMES, is_shared_gpa
+from septum.arch.status import name as status_name
 from septum.core.cells import Shared
 from septum.core.steps import ctx, emit, step, wait_until
+from septum.kvm.abi import (
+    TDVMCALL_GET_QUOTE,
+    TDVMCALL_GET_TD_VM_CALL_INFO,
+    TDVMCALL_MAP_GPA,
+    TDVMCALL_REPORT_FATAL_ERROR,
+    TDVMCALL_SETUP_EVENT_NOTIFY_INTERRUPT,
+)
 from septum.kvm.guest_protocol import GuestCpu, external_interrupt
 from septum.tdx.ept import Translation, Walk, translate_private, translate_shared
 from septum.tdx.registers import Regs
@@ -26,6 +34,14 @@ from septum.tdx.vm_exit import VmExit
 
 T = TypeVar("T")
 
+GHCI_FUNCTIONS: Final = {
+    TDVMCALL_GET_TD_VM_CALL_INFO: "GetTdVmCallInfo",
+    TDVMCALL_MAP_GPA: "MapGPA",
+    TDVMCALL_GET_QUOTE: "GetQuote",
+    TDVMCALL_REPORT_FATAL_ERROR: "ReportFatalError",
+    TDVMCALL_SETUP_EVENT_NOTIFY_INTERRUPT: "SetupEventNotifyInterrupt",
+}
+"""Functions of the GHCI in R11 of TDG.VP.VMCALL; the others are exit reasons."""
 READ: Final = sept.R
 WRITE: Final = sept.W
 FETCH: Final = sept.X
@@ -83,12 +99,27 @@ class Tdcall(Instruction[tuple[int, ...]]):
         self.gprs = gprs
 
     async def execute(self, cpu: GuestCpu) -> VmExit:
+        regs = Regs.from_tuple(self.gprs)
         if ctx.trace is not None:
-            emit("tdcall", f"{leaf_name(self.gprs[0] & LEAF_MASK, guest=True)} RCX={self.gprs[1]:#x}")
-        return VmExit.tdcall(Regs.from_tuple(self.gprs))
+            emit("tdcall", _describe(regs))
+        return VmExit.tdcall(regs)
 
     def completed(self, cpu: GuestCpu) -> tuple[int, ...]:
-        return cpu.vp.tdvps.gprs
+        gprs = cpu.vp.tdvps.gprs
+        if ctx.trace is not None and gprs[0]:
+            emit("tdcall", f"{leaf_name(self.gprs[0] & LEAF_MASK, guest=True)} -> {status_name(gprs[0])}")
+        return gprs
+
+
+def _describe(regs: Regs) -> str:
+    """A TDCALL as diagrams show it."""
+    leaf = regs.rax & LEAF_MASK
+    if leaf == GuestLeaf.TDG_VP_VMCALL:
+        name = GHCI_FUNCTIONS.get(regs.r11) or exit_reason_name(regs.r11)
+        return f"TDG.VP.VMCALL {name} R12={regs.r12:#x}"
+    if leaf == GuestLeaf.TDG_MEM_PAGE_ACCEPT:
+        return f"TDG.MEM.PAGE.ACCEPT {regs.rcx & -PAGE_4K:#x} {SIZE_NAMES[regs.rcx & 7]}"
+    return leaf_name(leaf, guest=True)
 
 
 class Access(Instruction[bytes]):

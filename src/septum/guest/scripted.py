@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from septum.arch import vmcs
 from septum.core.cells import Fixed, Tracking
 from septum.core.locality import local_state
 from septum.guest.instructions import Begin, Fault, Instruction, Progress, Publish, TripleFault
-from septum.guest.vcpu import GuestFault, Vcpu
+from septum.guest.vcpu import GuestFault, HostRefused, Vcpu
 from septum.kvm.guest_protocol import external_interrupt
 from septum.tdx.vm_exit import VmExit
 
@@ -22,6 +22,7 @@ Body = Coroutine[Instruction[Any], Any, Any]
 Script = Callable[[Vcpu], Coroutine[Any, Any, Any]]
 """What a VCPU does. What it returns must be a value (:mod:`septum.core.cells`); after it the VCPU halts for ever."""
 
+_PANIC: Final = 1
 CODE_START: Final = 0x10_0000
 _CODE_MASK: Final = (1 << 40) - 1
 _NOT_BEGUN: Final = 0
@@ -95,12 +96,19 @@ class ScriptedGuest(Fixed):
         vcpu = Vcpu(start, self.progress)
         try:
             result = await self._script(vcpu)
+        except HostRefused as refused:
+            await vcpu.report_fatal_error(_PANIC, str(refused))
+            await self._shut_down()
         except GuestFault:
-            while True:
-                await TripleFault()
+            await self._shut_down()
         await Publish(self.progress, result)
         while True:
             await vcpu.halt()
+
+    @staticmethod
+    async def _shut_down() -> NoReturn:
+        while True:
+            await TripleFault()
 
     def _save(self, vp: Vp, place: int, body: Body, instruction: Instruction[Any]) -> None:
         """Notes where the guest is: about to execute ``instruction``."""

@@ -66,7 +66,10 @@ class GuestFault(Exception):
 
 
 class HostRefused(Exception):
-    """A call to the host that the guest cannot do without failed; ``status`` is what came back in R10."""
+    """A call to the host that the guest cannot do without failed; ``status`` is what came back in R10.
+
+    If the script does not handle it, the guest reports a fatal error.
+    """
 
     def __init__(self, what: str, status: int) -> None:
         super().__init__(f"{what} returned {status:#x}")
