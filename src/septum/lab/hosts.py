@@ -60,8 +60,8 @@ class OneFailure(Sharex):
     """A lock of the module that counts only the first of the shared attempts that fail while it is held exclusively.
 
     In the real word each of them leaves a reader too many. Nobody sees that: the holder's release stores 0, and until
-    then the count only decides whether an attempt fails, which the exclusive bit does anyway (it wraps after 32,768). If
-    they were counted, a vCPU that tries again and again would come to tens of thousands of states that do the same.
+    then attempts fail because of the exclusive bit, whatever the count (it wraps after 32,768). If they were counted, a
+    vCPU that tries again and again would come to tens of thousands of states that do the same.
     """
 
     __slots__ = ()
