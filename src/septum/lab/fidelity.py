@@ -81,7 +81,7 @@ def page(figures: Mapping[str, Any], notes: str) -> str:
         "This page is written by `python -m septum.lab.fidelity` from a run over recordings of the real TDX Module",
         "1.5.01; `tests/lab/fidelity.json` keeps its figures, and CI fails when one of them goes down.",
         "",
-        f"**{passed:,} of {events:,}** recorded answers agree in every register ({100 * passed / events:.2f} %).",
+        f"**{passed:,} of {events:,}** recorded answers agree in every register ({100 * passed / events:.3f} %).",
         "",
         *_agreements("Contention: call B while call A holds its k-th lock", figures["contention"], "pairs"),
         *_agreements(
