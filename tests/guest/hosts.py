@@ -13,8 +13,9 @@ from septum.arch.structures import TdParams
 from septum.core.cells import Fixed, SharedMap
 from septum.core.interrupts import Cpu
 from septum.core.run import solo_call
-from septum.core.steps import Program, Task
+from septum.core.steps import Program, Task, wait_until
 from septum.guest.scripted import Script, ScriptedGuest
+from septum.guest.tlb import Tlb
 from septum.kvm.guest_protocol import GuestCpu, external_interrupt
 from septum.tdx.registers import Regs
 from septum.tdx.vm_exit import VmExit
@@ -31,9 +32,16 @@ class GuestHost(Fixed):
     """
 
     def __init__(
-        self, *scripts: Script, params: TdParams = PARAMS, large: bool = False, added: Sequence[int] = ()
+        self,
+        *scripts: Script,
+        params: TdParams = PARAMS,
+        large: bool = False,
+        added: Sequence[int] = (),
+        caching: bool = False,
     ) -> None:
-        """:param added: pages (in the first 2 MiB) that the guest has from the start."""
+        """:param added: pages (in the first 2 MiB) that the guest has from the start.
+        :param caching: CPUs use translations again as long as they may.
+        """
         self.machine = machine = Machine()
         self.module = machine.module
         self.large = large
@@ -46,7 +54,8 @@ class GuestHost(Fixed):
         for tdvpr in self.tdvprs:
             machine.ok(HostLeaf.TDH_VP_FLUSH, rcx=tdvpr)
         self.td = self.module.td(self.tdr)
-        self.guests = [ScriptedGuest(script, f"guest{i}") for i, script in enumerate(scripts)]
+        tlb = Tlb() if caching else None
+        self.guests = [ScriptedGuest(script, f"guest{i}", tlb) for i, script in enumerate(scripts)]
         self.cpus = [
             GuestCpu(self.module, self.td, self.module.vp(pa), Cpu(f"cpu{i}", index=i), lambda: ())
             for i, pa in enumerate(self.tdvprs)
@@ -73,14 +82,15 @@ class GuestHost(Fixed):
     def programs(self) -> list[Program]:
         """A thread for each VCPU, for a scheduler."""
         numbers = range(len(self.guests))
-        return [Program(Task(f"vcpu{i}", cpu=i), partial(self.thread, i, 20_000)) for i in numbers]
+        return [Program(Task(f"vcpu{i}", cpu=i), partial(self.thread, i)) for i in numbers]
 
-    async def thread(self, vcpu: int, exits: int) -> None:
-        """Enters a VCPU again and again."""
+    async def thread(self, vcpu: int, exits: int | None = None) -> None:
+        """Enters a VCPU again and again, at most ``exits`` times."""
         answer = None
         while not self.guests[vcpu].finished:
-            assert exits, "the guest does not come to its end"
-            exits -= 1
+            if exits is not None:
+                assert exits, "the guest does not come to its end"
+                exits -= 1
             answer = await self.enter(vcpu, answer)
 
     async def enter(self, vcpu: int, answer: Regs | None = None) -> Regs | None:
@@ -90,15 +100,23 @@ class GuestHost(Fixed):
         await self.module.seamcall(vcpu, regs)
         left = await self._until_exit(vcpu)
         if left is None:
+            # Every failed attempt leaves a reader too many in an exclusive lock's word: not again and again.
+            await wait_until(self._can_enter, "enter", self.tdr)
             return answer
         reason = left.rax & 0xFFFF
         if reason == ExitReason.TDCALL and left.r11 == ExitReason.HLT_INSTRUCTION:
             self.halts += 1
             return None
         self.reasons.append(reason)
+        if reason == ExitReason.INTERRUPT and not self.interrupt_everywhere:
+            self.cpus[vcpu].cpu.pending = ()
         if reason == ExitReason.EPT_VIOLATION:
             await self._fault(vcpu, left)
         return self._answer(left) if reason == ExitReason.TDCALL else None
+
+    def _can_enter(self) -> bool:
+        locks = (self.td.epoch_lock, self.td.secure_ept_lock)
+        return not any(lock.words.get(lock.key, 0) & lock.EX for lock in locks)
 
     async def _until_exit(self, vcpu: int) -> Regs | None:
         """Runs the guest until the TD is left; None when it was not entered."""
@@ -137,6 +155,19 @@ class GuestHost(Fixed):
                 if regs.rax == Status.TDX_SUCCESS:
                     self.pages[gpa & -level_size(level)] = page
                     return
+
+    async def zap(self, lp: int, gpa: int, *, kick: bool = False) -> None:
+        """Takes a page from the guest as KVM does: block, track, make all VCPUs leave, remove; again while busy."""
+        await self.insist(lp, HostLeaf.TDH_MEM_RANGE_BLOCK, gpa)
+        await self.insist(lp, HostLeaf.TDH_MEM_TRACK, self.tdr)
+        for cpu in self.cpus if kick else ():
+            cpu.cpu.pending = ((1, "kick", None),)
+        await self.insist(lp, HostLeaf.TDH_MEM_PAGE_REMOVE, gpa)
+
+    async def insist(self, lp: int, leaf: HostLeaf, rcx: int) -> None:
+        """Calls again and again until it succeeds."""
+        while (await self.module.seamcall(lp, Regs(leaf, rcx, self.tdr))).rax != Status.TDX_SUCCESS:
+            pass
 
     def _answer(self, left: Regs) -> Regs:
         self.calls.append(Regs.from_tuple(left.to_tuple()))

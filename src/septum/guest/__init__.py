@@ -18,6 +18,7 @@ nothing else, so what tasks share is in cells and where a script stands can be f
 ``instructions``    TDCALL, loads, stores and fetches, waiting: what the CPU does about them
 ``vcpu``            a VCPU as a script sees it: calls to the module and to the host, memory, #VE
 ``scripted``        :class:`~septum.guest.scripted.ScriptedGuest`, a guest that is a script
+``tlb``             translations that CPUs may have cached
 ``hob``             the list of memory that firmware is given
 ``scripts``         ready scripts by name
 ==================  ===============================================================================================

@@ -19,6 +19,7 @@ from septum.arch.pages import PAGE_4K, SIZE_NAMES, is_shared_gpa
 from septum.arch.status import name as status_name
 from septum.core.cells import Shared
 from septum.core.steps import ctx, emit, step, wait_until
+from septum.guest.tlb import CachingCpu
 from septum.kvm.abi import (
     TDVMCALL_GET_QUOTE,
     TDVMCALL_GET_TD_VM_CALL_INFO,
@@ -165,17 +166,16 @@ class WaitFor(Instruction[None]):
         self.content = content
 
     async def execute(self, cpu: GuestCpu) -> Fault | VmExit | None:
-        await wait_until(lambda: cpu.interrupted() or self._look(cpu) is not None, "see", self)
-        found = self._look(cpu)
-        if found is None:
+        await wait_until(lambda: cpu.interrupted() or self._is_over(cpu), "see", self)
+        if not self._is_over(cpu):
             return external_interrupt()
+        found = translate(cpu, self.gpa, READ)
         return None if found.walk is Walk.SUCCESS else violation(cpu, self.gpa, READ, found)
 
-    def _look(self, cpu: GuestCpu) -> Translation | None:
-        """How the address translates, if that or what is there ends the waiting."""
-        found = translate(cpu, self.gpa, READ)
-        waits = found.walk is Walk.SUCCESS and cpu.module.memory.read(found.pa, len(self.content)) != self.content
-        return None if waits else found
+    def _is_over(self, cpu: GuestCpu) -> bool:
+        """Whether how the address translates, or what is there, ends the waiting."""
+        found = translate(cpu, self.gpa, READ, only_look=True)
+        return found.walk is not Walk.SUCCESS or cpu.module.memory.read(found.pa, len(self.content)) == self.content
 
     def __repr__(self) -> str:
         return f"{self.content.hex()} at {self.gpa:#x}"
@@ -239,11 +239,31 @@ class Publish(Instruction[None]):
             self.progress.finished = True
 
 
-def translate(cpu: GuestCpu, gpa: int, right: int) -> Translation:
-    """The CPU's walk for an access of the guest."""
+def translate(cpu: GuestCpu, gpa: int, right: int, *, only_look: bool = False) -> Translation:
+    """The CPU's walk for an access of the guest, or what it held of an earlier one.
+
+    With ``only_look`` nothing is kept or checked.
+
+    :raises Violation: when it held a translation that must be gone.
+    """
     if is_shared_gpa(gpa, cpu.td.tdcs.gpaw):
         return translate_shared(cpu.module, cpu.td, cpu.vp, gpa, right)
-    return translate_private(cpu.module, cpu.td, gpa, right)
+    tlb = cpu.tlb if isinstance(cpu, CachingCpu) else None
+    held = tlb.look_up(cpu, gpa) if tlb is not None else None
+    if tlb is None or only_look:
+        return translate_private(cpu.module, cpu.td, gpa, right) if held is None else _held(held)
+    if held is not None:
+        tlb.check(cpu, gpa, held)
+        return _held(held)
+    found = translate_private(cpu.module, cpu.td, gpa, right)
+    if found.walk is Walk.SUCCESS:
+        tlb.keep(cpu, gpa, found.pa)
+    return found
+
+
+def _held(pa: int) -> Translation:
+    """The translation to ``pa`` that a CPU held. (Private pages are mapped with all rights or none.)"""
+    return Translation(Walk.SUCCESS, pa, 0, sept.RWX)
 
 
 def violation(cpu: GuestCpu, gpa: int, right: int, found: Translation) -> Fault | VmExit:

@@ -10,6 +10,7 @@ from septum.arch import vmcs
 from septum.core.cells import Fixed, Tracking
 from septum.core.locality import local_state
 from septum.guest.instructions import Begin, Fault, Instruction, Progress, Publish, TripleFault
+from septum.guest.tlb import CachingCpu, Tlb
 from septum.guest.vcpu import GuestFault, HostRefused, Vcpu
 from septum.kvm.guest_protocol import external_interrupt
 from septum.tdx.vm_exit import VmExit
@@ -39,10 +40,12 @@ class ScriptedGuest(Fixed):
     An instruction's address is where the script is in its source, so what is in a loop is executed at one RIP.
     """
 
-    __slots__ = ("_bodies", "_numbers", "_parents", "_results", "_script", "progress")
+    __slots__ = ("_bodies", "_numbers", "_parents", "_results", "_script", "_tlb", "progress")
 
-    def __init__(self, script: Script, name: str = "guest") -> None:
+    def __init__(self, script: Script, name: str = "guest", tlb: Tlb | None = None) -> None:
+        """:param tlb: what the CPUs may hold of the TD's translations; None: nothing."""
         self.progress = Progress(name)
+        self._tlb = tlb
         self._script = script
         self._parents: list[int] = [_NOT_BEGUN]
         self._results: list[Any] = [None]
@@ -61,6 +64,8 @@ class ScriptedGuest(Fixed):
 
     async def run(self, cpu: GuestCpu) -> VmExit:
         """Executes the script's instructions until one causes a VM exit."""
+        if self._tlb is not None:
+            cpu = CachingCpu.of(cpu, self._tlb)
         self.deliver(cpu)
         place = self.progress.place
         body, instruction = self._stand(place)

@@ -51,8 +51,8 @@ class GuestCpu:
 class Guest(Protocol):
     """The code inside a TD, one object per vCPU.
 
-    Its own state belongs to it alone (fields of the object), unless several vCPUs share it: then it is in cells.
-    Accesses that others must be able to come between are steps (:func:`septum.core.steps.step`).
+    What it knows from one call to the next, and what several vCPUs share, is in cells. Accesses that others must be
+    able to come between are steps (:func:`septum.core.steps.step`).
     """
 
     async def run(self, cpu: GuestCpu) -> VmExit:

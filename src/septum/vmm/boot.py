@@ -16,6 +16,7 @@ from septum.core.steps import CALLS, SOLO
 from septum.guest.hob import Memory
 from septum.guest.scripted import Script, ScriptedGuest
 from septum.guest.scripts import Done, Job, script
+from septum.guest.tlb import Tlb
 from septum.kvm.host import Host
 from septum.kvm.kernel import Kernel
 from septum.kvm.seamcall import Injection
@@ -171,7 +172,8 @@ def boot(
     host.seamcalls.inject(*injections)
     free_before, counts_before = host.pages.in_use, host.counts
     phases = _Phases(host, progress)
-    guests = [ScriptedGuest(code, f"guest{i}") for i in range(vcpus)]
+    tlb = Tlb()
+    guests = [ScriptedGuest(code, f"guest{i}", tlb) for i in range(vcpus)]
     qemu = Qemu(host, image, layout, guests, attributes=attributes, phase=phases.begin)
     outcome = run([*qemu.programs(), *host.interrupt_contexts()], choose, level=level, keep_events=trace)
     phases.begin("")
