@@ -24,6 +24,8 @@ from tests.tdx.machines import PARAMS, Machine
 Answer = Callable[[Regs], None]
 """What the host does about a TDG.VP.VMCALL: changes the registers that it gave into those that it gets back."""
 
+_KICK = ((1, "kick", None),)
+
 
 class GuestHost(Fixed):
     """A TD with tables for its first 2 MiB and a VCPU with a scripted guest for each script; VCPU n runs on LP n.
@@ -108,7 +110,7 @@ class GuestHost(Fixed):
             self.halts += 1
             return None
         self.reasons.append(reason)
-        if reason == ExitReason.INTERRUPT and not self.interrupt_everywhere:
+        if reason == ExitReason.INTERRUPT and self.cpus[vcpu].cpu.pending == _KICK:
             self.cpus[vcpu].cpu.pending = ()
         if reason == ExitReason.EPT_VIOLATION:
             await self._fault(vcpu, left)
@@ -161,7 +163,7 @@ class GuestHost(Fixed):
         await self.insist(lp, HostLeaf.TDH_MEM_RANGE_BLOCK, gpa)
         await self.insist(lp, HostLeaf.TDH_MEM_TRACK, self.tdr)
         for cpu in self.cpus if kick else ():
-            cpu.cpu.pending = ((1, "kick", None),)
+            cpu.cpu.pending = _KICK
         await self.insist(lp, HostLeaf.TDH_MEM_PAGE_REMOVE, gpa)
 
     async def insist(self, lp: int, leaf: HostLeaf, rcx: int) -> None:
