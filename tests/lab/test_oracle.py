@@ -162,9 +162,6 @@ class Memory:
                 self.written.append(request["hex"])
         return {}
 
-    def close(self) -> None:
-        pass
-
 
 @pytest.mark.parametrize("marks", [True, False])
 @given(st.lists(st.one_of(st.just("mark"), st.integers(0, 9), st.just("write")), max_size=40))

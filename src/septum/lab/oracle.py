@@ -55,9 +55,6 @@ class Oracle(Protocol):
         :raises OracleFailed: when it cannot.
         """
 
-    def close(self) -> None:
-        """There will be no more requests."""
-
 
 def start_of(line: bytes) -> str:
     """What an oracle said, in one line that is not too long."""

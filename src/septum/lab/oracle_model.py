@@ -60,10 +60,6 @@ class ModelOracle:
                 self.machine.play(event_of(request))
         return {}
 
-    def close(self) -> None:
-        """There will be no more requests."""
-        self.machine.close()
-
     def seamcall(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """A SEAMCALL: registers that changed, or the guest's if it was entered."""
         before = _numbers(request["in"])
