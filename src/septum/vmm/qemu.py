@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 IRQCHIP_PINS: Final = 24
 GPA_WIDTH: Final = 52
 INIT_VM_ATTEMPTS: Final = 10
-"""How often KVM_TDX_INIT_VM is called while it returns -EAGAIN, for want of entropy. QEMU's own number is unverified."""
+"""How often KVM_TDX_INIT_VM is called while it returns -EAGAIN (no entropy). QEMU's own number is unverified."""
 _ALL_ONES: Final = (1 << 64) - 1
 
 
