@@ -65,3 +65,7 @@ def test_every_leaf_documents_its_registers(leaf: leaves.Leaf) -> None:
         assert first in named
         assert not last or last in named
         assert meaning
+
+
+def test_host_and_guest_leaves_of_one_number_have_registers_of_their_own() -> None:
+    assert leaves.registers(HostLeaf.TDH_MEM_RANGE_BLOCK) != leaves.registers(GuestLeaf.TDG_VM_RD)

@@ -9,7 +9,7 @@ Sources: include/tdx_api_defs.h, vmm_dispatcher/tdx_vmm_dispatcher.c and td_disp
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import lru_cache
 from typing import Final
 
 from septum.arch.errors import UsageError
@@ -210,7 +210,7 @@ class Registers:
     outputs: dict[str, str]
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # host and guest leaves share numbers
 def registers(leaf: Leaf) -> Registers:
     """The registers of a leaf, for documentation and reports."""
     from septum.arch.leaf_registers import GUEST_REGISTERS, HOST_REGISTERS  # noqa: PLC0415 - few runs need the table
@@ -219,7 +219,7 @@ def registers(leaf: Leaf) -> Registers:
     inputs, outputs = (
         {
             register.strip(): meaning.strip()
-            for register, meaning in (item.split(":") for item in half.split(";") if item.strip())
+            for register, _, meaning in (item.partition(":") for item in half.split(";") if item.strip())
         }
         for half in text.split("->")
     )

@@ -22,8 +22,8 @@ from septum.arch.exits import ExitReason
 from septum.arch.leaves import VERSION_MASK, VERSION_SHIFT
 from septum.lab.conform import POWER_ON, START_FILES, Difference, Progress, Report, answer, inputs_of
 from septum.lab.playback import Different, check_bytes, compare, show
-from septum.lab.vectors import _EVENTS as CONVERTERS
 from septum.lab.vectors import (
+    CONVERTERS,
     Event,
     Exit,
     Input,

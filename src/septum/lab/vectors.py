@@ -181,7 +181,7 @@ class VectorFile:
         return raw
 
     def _event(self, line: int, raw: dict[str, Any]) -> Event:
-        convert = _EVENTS.get(str(raw.get("op")))
+        convert = CONVERTERS.get(str(raw.get("op")))
         if convert is None:
             raise self.wrong(line, f"there is no event {raw.get('op')!r}")
         try:
@@ -317,7 +317,7 @@ def _plain(*names: str) -> Callable[[int, Mapping[str, Any]], Event]:
     return convert
 
 
-_EVENTS: Final[dict[str, Callable[[int, Mapping[str, Any]], Event]]] = {
+CONVERTERS: Final[dict[str, Callable[[int, Mapping[str, Any]], Event]]] = {
     "seamcall": _seamcall,
     "td_exit": _exit,
     "mem": _memory_check,
