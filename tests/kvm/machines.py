@@ -42,10 +42,11 @@ SMALL = replace(profile("small"), name="test")
 
 
 class Progress(Shared):
-    """How far a VMM is: whether vCPUs may run, and how many of their threads are done."""
+    """How far a VMM is: whether vCPUs may run, how many of their threads are done, and how many other threads."""
 
     ready: bool = False
     ended: int = 0
+    others: int = 0
 
 
 class Vmm:
@@ -203,9 +204,13 @@ class Vmm:
     ) -> Outcome:
         """Builds a TD with a vCPU for each script, runs it until all scripts have ended, and ends the process.
 
-        ``others`` are threads that run beside it. Every thread has a CPU of its own.
+        ``others`` are threads that run beside it; they are waited for too. Every thread has a CPU of its own.
         """
         count = len(scripts)
+
+        def done() -> bool:
+            ended = all(g.finished for g in self.guests) and self.progress.others == len(others)
+            return ended or self.progress.ended > 0
 
         async def main() -> int:
             r = await self.build(count)
@@ -213,9 +218,9 @@ class Vmm:
                 self.attach(*scripts)
             self.progress.ready = True
             if not r:
-                await wait_until(lambda: all(g.finished for g in self.guests) or self.progress.ended > 0, "guests")
+                await wait_until(done, "guests")
                 for i in range(count):
-                    self.process.kill(f"vcpu{i}")
+                    self.process.kill(f"vcpu{i}", (i + 1) % 4)
             await wait_until(lambda: self.progress.ended == count, "end of threads")
             await self.process.exit()
             return r
@@ -229,9 +234,17 @@ class Vmm:
 
             return body
 
+        def other(body: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], Coroutine[Any, Any, Any]]:
+            async def then_done() -> Any:
+                r = await body()
+                self.progress.others += 1
+                return r
+
+            return then_done
+
         programs = [Program(Task("main", cpu=0), main)]
         programs += [Program(Task(f"vcpu{i}", cpu=(i + 1) % 4), thread(i)) for i in range(count)]
-        programs += [Program(Task(f"other{i}", cpu=(count + 1 + i) % 4), body) for i, body in enumerate(others)]
+        programs += [Program(Task(f"other{i}", cpu=(count + 1 + i) % 4), other(body)) for i, body in enumerate(others)]
         programs += self.host.interrupt_contexts()
         if level is None:
             level = SOLO if choose is runs.solo else CALLS

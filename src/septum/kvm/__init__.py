@@ -47,6 +47,6 @@ Rooms inside the package, lowest first:
 ``memslots``, ``attributes``, ``gmem``, ``mmu``   guest memory
 ``tdx``            ``arch/x86/kvm/vmx/tdx.c``
 ``run``            KVM_RUN
-``process``        :class:`~septum.kvm.process.Process`: file descriptors and ioctls
+``process``        :class:`~septum.kvm.process.Process`: file descriptors and ioctls; ``raw_ioctl``: in bytes
 =================  ================================================================================================
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from septum.arch.errors import UsageError
 from septum.core.cells import Fixed, SharedMap
 from septum.core.interrupts import Cpu, IrqsOff, interrupt_context
 from septum.core.klocks import might_sleep
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 
 #: Runs in interrupt context on a CPU; what it returns goes to the caller.
 Function = Callable[[Cpu, Any], Coroutine[Step, None, int]]
+
+
+def check_alone(cpu: Cpu) -> None:
+    """Whether the current task has its CPU to itself.
+
+    :raises UsageError: when another task that is pinned to it has it with interrupts off, in the guest for example.
+    """
+    if cpu.irqs_off:
+        raise UsageError(
+            f"task {current_task().name} runs on CPU {cpu.index} while another has it with interrupts off;"
+            " give each thread that runs a vCPU a CPU of its own"
+        )
 
 
 class Ipis(Fixed):
@@ -73,6 +86,7 @@ class Ipis(Fixed):
         for index in cpu_indices:
             cpu = self.cpus[index]
             if index == task.cpu:
+                check_alone(cpu)
                 own = cpu if local else None
             elif cpu.online:
                 asked.append((cpu, self.send(cpu, name, argument)))

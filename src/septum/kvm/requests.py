@@ -42,13 +42,7 @@ class Request:
 KVM_REQ_TLB_FLUSH: Final = Request("TLB_FLUSH", 1 << 0, wait=True, no_wakeup=True)
 KVM_REQ_VM_DEAD: Final = Request("VM_DEAD", 1 << 1, wait=True, no_wakeup=True)
 KVM_REQ_UNBLOCK: Final = Request("UNBLOCK", 1 << 2)
-KVM_REQ_EVENT: Final = Request("EVENT", 1 << 14)
 KVM_REQ_OUTSIDE_GUEST_MODE: Final = Request("OUTSIDE_GUEST_MODE", 0, wait=True, no_action=True)
-
-
-def kvm_make_request(request: Request, vcpu: Vcpu) -> None:
-    """``kvm_make_request``: for the vCPU's own thread, or together with a kick."""
-    vcpu.requests |= request.bit
 
 
 def kvm_check_request(request: Request, vcpu: Vcpu) -> bool:
@@ -95,12 +89,3 @@ def kvm_vcpu_wake_up(vcpu: Vcpu) -> bool:
         return False
     vcpu.woken = True
     return True
-
-
-async def kvm_vcpu_kick(vcpu: Vcpu) -> None:
-    """``kvm_vcpu_kick``: wakes the vCPU or makes it leave the guest, without waiting."""
-    await step("kick", vcpu)
-    if kvm_vcpu_wake_up(vcpu):
-        return
-    if kvm_vcpu_exiting_guest_mode(vcpu) == VcpuMode.IN_GUEST_MODE and vcpu.cpu not in (-1, current_task().cpu):
-        await vcpu.kvm.host.ipis.call_many((vcpu.cpu,), "ack_kick", wait=False)

@@ -12,6 +12,7 @@ from septum.core.interrupts import IrqsOff
 from septum.core.steps import current_task, step, wait_until
 from septum.kvm.abi import KVM_EXIT_INTR, KVM_EXIT_UNKNOWN
 from septum.kvm.events import kvm_arch_vcpu_runnable
+from septum.kvm.ipi import check_alone
 from septum.kvm.lifetime import vcpu_load
 from septum.kvm.mmu.roots import kvm_mmu_reload
 from septum.kvm.requests import KVM_REQ_UNBLOCK, KVM_REQ_VM_DEAD, VcpuMode, kvm_check_request
@@ -88,6 +89,7 @@ async def vcpu_enter_guest(vcpu: Vcpu) -> int:
     host = vcpu.kvm.host
     cpu = host.cpus[current_task().cpu]
     fastpath = Fastpath.NONE
+    check_alone(cpu)
     async with IrqsOff(cpu):
         await step("write", "vcpu->mode")
         vcpu.mode = VcpuMode.IN_GUEST_MODE

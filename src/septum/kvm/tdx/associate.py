@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from septum.arch.status import Status
 from septum.core.interrupts import Cpu, IrqsOff
 from septum.core.steps import current_task, require, step
+from septum.kvm.ipi import check_alone
 from septum.kvm.vcpu import VcpuTdState
 from septum.kvm.vm import kvm_bug_on
 
@@ -52,6 +53,7 @@ async def tdx_vcpu_load(vcpu: Vcpu, cpu: int) -> None:
         return
     await tdx_flush_vp_on_cpu(vcpu)
     await kvm_bug_on(cpu != current_task().cpu, vcpu.kvm, "a vCPU is loaded on another CPU")
+    check_alone(vcpu.kvm.host.cpus[cpu])
     async with IrqsOff(vcpu.kvm.host.cpus[cpu]):
         list_add(vcpu, cpu)
 
