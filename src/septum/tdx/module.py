@@ -33,32 +33,6 @@ FREE_PAGE = PamtEntry(PageType.NDA, 0, 0)
 RESERVED_PAGE = PamtEntry(PageType.RSVD, 0, 0)
 
 
-#: Leaves with more than one version; for all others RAX with a version is invalid.
-VERSIONED = frozenset(
-    {
-        HostLeaf.TDH_MEM_PAGE_PROMOTE,
-        HostLeaf.TDH_MEM_SEPT_ADD,
-        HostLeaf.TDH_MEM_SEPT_REMOVE,
-        HostLeaf.TDH_MNG_RD,
-        HostLeaf.TDH_VP_RD,
-    }
-)
-#: Leaves that work before the module is ready.
-BEFORE_READY = frozenset(
-    {
-        HostLeaf.TDH_SYS_INFO,
-        HostLeaf.TDH_SYS_RD,
-        HostLeaf.TDH_SYS_RDALL,
-        HostLeaf.TDH_SYS_INIT,
-        HostLeaf.TDH_SYS_LP_INIT,
-        HostLeaf.TDH_SYS_CONFIG,
-        HostLeaf.TDH_SYS_KEY_CONFIG,
-        HostLeaf.TDH_SYS_LP_SHUTDOWN,
-        HostLeaf.TDH_SYS_UPDATE,
-    }
-)
-
-
 class Module(Fixed):
     """TDX Module 1.5.01 on a platform, from power-on.
 
@@ -71,7 +45,7 @@ class Module(Fixed):
     def __init__(self, platform: Platform, cpu: CpuModel | None = None, features: frozenset[str] = frozenset()) -> None:
         """``features`` are what newer modules have and 1.5.01 has not: ``vp_init_v1`` (TDH.VP.INIT version 1)."""
         self.platform = platform
-        self.versioned = VERSIONED | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())
+        self.versioned = leaves.TWO_VERSIONS | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())
         self.pa_format = platform.pa_format
         self.reserved_in_private_pa = (1 << 64) - 1 & ~PA_MASK | self.pa_format.hkid_mask
         self.hardware = Hardware(platform, cpu or recording_cpu())
@@ -226,7 +200,7 @@ class Module(Fixed):
         state = self.sys.state
         if state != SysState.READY:
             check(state != SysState.SHUTDOWN or call.leaf == HostLeaf.TDH_SYS_LP_SHUTDOWN, Status.TDX_SYS_SHUTDOWN)
-            check(call.leaf in BEFORE_READY, Status.TDX_SYS_NOT_READY)
+            check(call.leaf in leaves.ALLOWED_BEFORE_READY, Status.TDX_SYS_NOT_READY)
         if handler is None:
             raise Fail(Status.TDX_OPERAND_INVALID, Operand.RAX)
         return await handler(call)
