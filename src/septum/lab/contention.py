@@ -6,21 +6,19 @@ how A ended. The model must give the same statuses.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from septum.arch.errors import UsageError
 from septum.arch.exits import ExitReason
 from septum.arch.leaves import HostLeaf, guest_leaf, host_leaf
 from septum.core.steps import PRIMITIVES, SOLO, Step, ctx
 from septum.lab.conform import Runner
 from septum.lab.operations import OPERATIONS, entering, on
 from septum.lab.playback import describe, in_64_bit_mode
-from septum.lab.vectors import open_text
+from septum.lab.vectors import json_lines
 from septum.tdx.module import Module
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import Regs
@@ -55,19 +53,12 @@ def pairs_of(path: Path) -> Iterator[dict[str, Any]]:
 
     :raises UsageError: for a file that cannot be read, or a line that is no such pair.
     """
-    number = 0
-    try:
-        with open_text(path) as lines:
-            for line in lines:
-                number += 1
-                pair = json.loads(line)
-                if not pair.keys() >= PARTS:
-                    raise ValueError(f"it lacks {', '.join(sorted(PARTS - pair.keys()))}")
-                yield pair
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
-    except (ValueError, AttributeError, OSError, EOFError) as error:
-        raise UsageError(f"{path}: line {number}: no recorded pair of calls ({error})") from None
+
+    def check(pair: Mapping[str, Any]) -> None:
+        if not pair.keys() >= PARTS:
+            raise ValueError(f"it lacks {', '.join(sorted(PARTS - pair.keys()))}")
+
+    return json_lines(path, "recorded pair of calls", check)
 
 
 def compare(runner: Runner, pair: Mapping[str, Any]) -> list[Disagreement]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from septum.arch import sept
-from septum.arch.errors import UsageError
 from septum.arch.exits import ExitReason
 from septum.arch.leaves import HostLeaf, guest_leaf, host_leaf
 from septum.arch.pages import PAGE_MASK, SIZE_NAMES, Level, level_index, level_size, page_info
@@ -29,7 +28,7 @@ from septum.core.steps import ATOMICS, FINE, PRIMITIVES, Program, Task, step
 from septum.core.trylocks import SharexHp
 from septum.lab.conform import Runner
 from septum.lab.playback import Machine, in_64_bit_mode
-from septum.lab.vectors import open_text
+from septum.lab.vectors import json_lines
 from septum.tdx.module import Module
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import Regs
@@ -70,21 +69,14 @@ def scenarios_of(path: Path) -> Iterator[dict[str, Any]]:
 
     :raises UsageError: for a file that cannot be read, or a line that is no such scenario.
     """
-    number = 0
-    try:
-        with open_text(path) as lines:
-            for line in lines:
-                number += 1
-                scenario = json.loads(line)
-                if not {"name", "level", "initial_state", "prefix", "programs", "outcomes"} <= scenario.keys():
-                    raise ValueError("it lacks name, level, initial_state, prefix, programs or outcomes")
-                if scenario["level"] not in LEVELS:
-                    raise ValueError(f"its level is none of {', '.join(LEVELS)}")
-                yield scenario
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file") from None
-    except (ValueError, AttributeError, OSError, EOFError) as error:
-        raise UsageError(f"{path}: line {number}: no recorded scenario of concurrent calls ({error})") from None
+
+    def check(scenario: Mapping[str, Any]) -> None:
+        if not {"name", "level", "initial_state", "prefix", "programs", "outcomes"} <= scenario.keys():
+            raise ValueError("it lacks name, level, initial_state, prefix, programs or outcomes")
+        if scenario["level"] not in LEVELS:
+            raise ValueError(f"its level is none of {', '.join(LEVELS)}")
+
+    return json_lines(path, "recorded scenario of concurrent calls", check)
 
 
 def compare(runner: Runner, scenario: Mapping[str, Any]) -> Comparison:

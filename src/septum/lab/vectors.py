@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -204,6 +204,27 @@ def open_text(path: Path) -> IO[str]:
     if path.suffix == ".zst":
         return _open_zstd(path)
     return path.open(encoding="utf-8")
+
+
+def json_lines(path: Path, what: str, check: Callable[[Mapping[str, Any]], None]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line.
+
+    :param what: a line is, for messages.
+    :param check: raises ValueError, with the reason, for an object that is no such thing.
+    :raises UsageError: for a file that cannot be read, or a line that is no such object.
+    """
+    number = 0
+    try:
+        with open_text(path) as lines:
+            for line in lines:
+                number += 1
+                recorded = json.loads(line)
+                check(recorded)
+                yield recorded
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except (ValueError, AttributeError, OSError, EOFError, RecursionError, lzma.LZMAError) as error:
+        raise UsageError(f"{path}: line {number}: no {what} ({error})") from None
 
 
 def _open_zstd(path: Path) -> IO[str]:
