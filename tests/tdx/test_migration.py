@@ -37,18 +37,6 @@ MAPPED, PENDING, BLOCKEDW, EXPORTED, DIRTY, REMOVED = 4, 2, 8, 9, 11, 5
 
 
 @pytest.fixture
-def move() -> Migration:
-    return Migration()
-
-
-@pytest.fixture
-def begun(move: Migration) -> Migration:
-    """Both sides have the immutable state; the source still runs."""
-    move.begin()
-    return move
-
-
-@pytest.fixture
 def moved(begun: Migration) -> Migration:
     """All pages and all state are over, but the last epoch has not begun."""
     begun.block_writes(*CONTENT)

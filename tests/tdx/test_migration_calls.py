@@ -44,18 +44,6 @@ from tests.tdx.migration_machine import (
     Migration,
 )
 
-
-@pytest.fixture
-def move() -> Migration:
-    return Migration()
-
-
-@pytest.fixture
-def begun(move: Migration) -> Migration:
-    move.begin()
-    return move
-
-
 # -- states ------------------------------------------------------------------------------------------------------------
 
 

@@ -42,18 +42,6 @@ from tests.tdx.migration_machine import (
     status_of,
 )
 
-
-@pytest.fixture
-def move() -> Migration:
-    return Migration()
-
-
-@pytest.fixture
-def begun(move: Migration) -> Migration:
-    move.begin()
-    return move
-
-
 # -- lists -------------------------------------------------------------------------------------------------------------
 
 

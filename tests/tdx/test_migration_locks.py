@@ -18,11 +18,6 @@ from tests.tdx.migration_calls import CALLS, H
 from tests.tdx.migration_machine import GPAS, TOKEN, Migration, entry
 
 
-@pytest.fixture
-def move() -> Migration:
-    return Migration()
-
-
 def _names(steps: list[tuple[str, str]], sign: str) -> list[str]:
     return [text[1:].split("[")[0] for text, _ in steps if text[0] == sign]
 
