@@ -36,7 +36,7 @@ class Migsc(Shared):
     hpa: int = 0
     """Of the link: the page that holds the context; 0 if the stream was not created."""
     initialised: bool = False
-    """Of the link: whether the stream was used in this session."""
+    """Of the link: whether the migration under way has used the stream."""
     key: bytes = b""
     iv_counter: int = 0
     next_mb_counter: int = 0
