@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from septum.arch.errors import UsageError
 from septum.core.explore import REDUCTIONS, Bounds, Checkpoint, Explorer, Verdict
 from septum.core.search import Search
+from septum.lab.recording import explore as lab_explore
+from septum.lab.scenario import find_scenario
 from tests.core.programs import Machine, Texts, programs_of, texts
 
 KINDS: list[tuple[dict[str, Any], Bounds]] = [
@@ -134,3 +136,43 @@ def test_bad_files_are_one_line(tmp_path: Path, damage: Any, monkeypatch: pytest
         explore(programs, 0, Checkpoint(path, "one thing", resume=True))
     with pytest.raises(UsageError, match="No such file"):
         explore(programs, 0, Checkpoint(tmp_path / "none", "one thing", resume=True))
+
+
+HOST = """
+import sys
+from pathlib import Path
+from septum.core.explore import REDUCTIONS, Bounds, Checkpoint
+from septum.core.search import Search
+from septum.lab.recording import explore as lab_explore
+from septum.lab.scenario import find_scenario
+from septum.lab.recording import explore
+from septum.lab.scenario import find_scenario
+
+begun = sys.argv[2] == "begin"
+scenario = find_scenario("fault-vs-punch-hole")
+checkpoint = Checkpoint(Path(sys.argv[1]), "a host", interval=0 if begun else 10, resume=not begun)
+expand, calls = Search.expand, [0]
+
+def some(search):
+    calls[0] += 1
+    if begun and calls[0] == 12:
+        raise KeyboardInterrupt
+    expand(search)
+
+Search.expand = some
+verdict = explore(scenario, scenario.values(), Bounds(), checkpoint=checkpoint, reductions=REDUCTIONS)
+print(verdict.verdict, verdict.states, verdict.transitions)
+"""
+
+
+def test_a_host_with_its_objects_and_functions_goes_on_in_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+
+    def output(how: str) -> list[str]:
+        command = [sys.executable, "-c", HOST, str(path), how]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert output("begin")[0] == "interrupted"
+    scenario = find_scenario("fault-vs-punch-hole")
+    whole = lab_explore(scenario, scenario.values(), Bounds(), reductions=REDUCTIONS)
+    assert output("resume") == [whole.verdict, str(whole.states), str(whole.transitions)]

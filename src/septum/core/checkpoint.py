@@ -18,16 +18,20 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final
 
 from septum.arch.errors import UsageError
 from septum.core.automata import Automata
-from septum.core.cells import Fixed, Shared, SharedMap
+from septum.core.cells import Fixed, Shared, SharedMap, cells_of, peek
 from septum.core.search import Link, Search, State
 from septum.core.steps import Violation, ctx
 
 _FORMAT: Final = b"septum-checkpoint/1\n"
 _DIGEST: Final = 32
+_FUNCTION: Final = "*function*"
+_MODEL: Final = ("septum.kvm.", "septum.tdx.", "septum.guest.")
+"""Where functions that cells hold are from."""
 
 
 class Checkpoint:
@@ -72,7 +76,8 @@ class Checkpoint:
             "parts": [_attributes(part) for part in (search, *parts)],
         }
         stream = io.BytesIO()
-        _Pickler(stream, protocol=5).dump(content)
+        automata.vectors.load(automata.vectors.initial)
+        _Pickler(stream, automata).dump(content)
         payload = stream.getvalue()
         scratch = self.path.with_name(self.path.name + ".part")
         try:
@@ -195,24 +200,57 @@ def _deep(state: Any, links: Sequence[Link]) -> State | None:
     return name, vector, links[link] if link >= 0 else None
 
 
+def _fixed(automata: Automata) -> dict[tuple[str, Any], Any]:
+    """What never changes though cells hold it, objects and functions, by the name and key of a cell that does so at
+    first."""
+    found: dict[tuple[str, Any], Any] = {}
+    for owner in automata.world.objects:
+        keys = dict.keys(owner) if isinstance(owner, SharedMap) else cells_of(type(owner))
+        for key in keys:
+            value = peek(owner, key)
+            if isinstance(value, (Fixed, FunctionType)):
+                found[owner.name, key] = value
+    return found
+
+
 class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: Any) -> str | None:
+    def __init__(self, stream: io.BytesIO, automata: Automata) -> None:
+        super().__init__(stream, protocol=5)
+        self._cells = {id(value): cell for cell, value in _fixed(automata).items()}
+
+    def persistent_id(self, value: Any) -> object:
         if isinstance(value, (Shared, SharedMap)):
             return value.name
-        if isinstance(value, Fixed):
+        if isinstance(value, (Fixed, FunctionType)):
+            if id(value) in self._cells:
+                return self._cells[id(value)]
+            if isinstance(value, FunctionType) and value.__module__.startswith(_MODEL):
+                return _FUNCTION, value.__module__, value.__qualname__
             raise UsageError(f"a cell holds {value!r}, which no checkpoint can tell; explore without one")
         return None
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but plain values, enum members and dataclasses of modules that are loaded anyway."""
+    """Makes nothing but plain values, enum members and dataclasses of modules that are loaded anyway.
+
+    Functions are those of model code, which can do nothing to the world outside.
+    """
 
     def __init__(self, stream: io.BytesIO, automata: Automata) -> None:
         super().__init__(stream)
         self._objects = {obj.name: obj for obj in automata.world.objects}
+        self._cells = _fixed(automata)
 
-    def persistent_load(self, name: str) -> Any:
-        return self._objects[name]
+    def persistent_load(self, name: Any) -> Any:
+        if not isinstance(name, tuple):
+            return self._objects[name]
+        if name[0] != _FUNCTION:
+            return self._cells[name]
+        _, module, function = name
+        found = getattr(sys.modules.get(module), function, None)
+        if module.startswith(_MODEL) and isinstance(found, FunctionType):
+            return found
+        raise pickle.UnpicklingError(f"no value can be {module}.{function}")
 
     def find_class(self, module: str, name: str) -> Any:
         found: Any = sys.modules.get(module)
