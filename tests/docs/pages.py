@@ -6,7 +6,8 @@ prints. A block without ``$`` is read as a bash script whose every line is a com
 output.
 
 In output, a line ``...`` stands for any lines, and ``...`` inside a line for any text. A command must succeed, unless
-the command after it is ``echo $?``. The line ``<!-- not run: reason -->`` before a block exempts it.
+the command after it is ``echo $?``. The line ``<!-- not run: reason -->`` before a block exempts it. A block with a
+title is a file of that name, which commands find.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+NAMED = re.compile(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+"""A fenced block that is a file, by the name in its title."""
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[a-z]*)")
 
 
@@ -61,6 +64,11 @@ def blocks(page: Path) -> list[Block]:
                 found.append(block)
         before = ""
     return found
+
+
+def files(page: Path) -> dict[str, str]:
+    """The files that a page shows whole, by name."""
+    return dict(NAMED.findall(page.read_text(encoding="utf-8")))
 
 
 def _commands(body: list[tuple[int, str]]) -> tuple[Command, ...]:

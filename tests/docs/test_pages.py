@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import shared_data
-from tests.docs.pages import Block, agrees, blocks
+from tests.docs.pages import Block, agrees, blocks, files
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,6 +42,8 @@ def run(block: Block, folder: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
     found = blocks(page)
+    for name, content in files(page).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
     shared = shared_data()
     if shared is not None and any(block.mentions("OVMF.fd") for block in found):
         (tmp_path / "OVMF.fd").write_bytes(lzma.decompress((shared / "firmware" / FIRMWARE).read_bytes()))

@@ -7,11 +7,14 @@ from errno import EINVAL
 import pytest
 
 from septum.core.explore import Bounds
-from septum.core.run import at_random, solo
+from septum.core.run import ENDS, at_random, solo
 from septum.core.trace import Event
 from septum.core.verdict import Verdict
+from septum.kvm.kernel import FIXES
 from septum.lab.recording import counterexample, explore, replay, sample
-from septum.lab.scenario import find_scenario
+from septum.lab.sampled import sample_runs
+from septum.lab.scenario import find_scenario, scenarios
+from septum.lab.strategies import sampler
 from septum.report.sequence import folded
 
 NO_BUG = "no KVM_BUG_ON"
@@ -41,7 +44,7 @@ def test_a_build_race_kills_the_vm_and_its_fix_excludes_it(name: str, leaf: str,
     assert outcomes[-1].violation == NO_BUG
     assert replay(recording)[-1].trace.events == outcomes[-1].trace.events
     assert any("TDX_OPERAND_BUSY" in event.text for event in outcomes[-1].trace.events)
-    assert verdict_of(name, f"fix={fix}").verdict == "proved"
+    assert verdict_of(name, f"kernel=v6.16,+{fix}").verdict == "proved"
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,51 @@ def test_faults_and_zaps_of_v6_16_are_proved(name: str, params: tuple[str, ...])
     ],
 )
 def test_a_zap_needs_the_kick_and_the_flag(name: str, zap: str, leaf: str) -> None:
-    verdict = verdict_of(name, f"zap={zap}")
+    verdict = verdict_of(name, f"kernel=v6.16,zap={zap}")
     assert (verdict.property, verdict.message) == (NO_BUG, f"VM0 is bugged: {leaf} failed")
+
+
+FIXED = "v6.16," + ",".join(f"+{fix}" for fix in FIXES if fix != "flush-rechecks-cpu")
+"""A kernel with all fixes that there are."""
+KVM = [name for name, scenario in scenarios().items() if any(p.name == "kernel" for p in scenario.parameters)]
+
+
+def first_violation(name: str, kernel: str, runs: int, strategy: str) -> str | None:
+    """The property that the first run that fails violates, if any does."""
+    scenario = find_scenario(name)
+    values = scenario.values((f"kernel={kernel}",))
+    found = sample_runs(scenario, values, sampler(scenario, values, strategy), times=runs)
+    return found.shown.violation if found.shown else None
+
+
+@pytest.mark.parametrize("name", KVM)
+def test_no_run_fails_on_a_kernel_with_all_fixes(name: str) -> None:
+    for strategy in ("random", "pct"):
+        assert first_violation(name, FIXED, 20, strategy) is None
+
+
+KNOWN = {
+    "init-vcpu-race": ("state-locks", NO_BUG),
+    "init-mem-region-race": ("state-locks", NO_BUG),
+    "finalize-race": ("state-locks", NO_BUG),
+    "finalize-vs-init-mem-region": ("state-locks", NO_BUG),
+    "create-vcpu-vs-finalize": ("state-locks", NO_BUG),
+    "punch-hole-vs-vp-init": ("vp-init-excludes-zaps", NO_BUG),
+    "fault-vs-memslot-delete": ("no-local-retry-on-invalid-slot", ENDS),
+    "prefault-vs-memslot-delete": ("prefault-eagain-on-invalid-slot", ENDS),
+    "create-vcpu-race": ("flush-on-vcpu-free", "no list corruption"),
+    "vcpu-id-taken": ("flush-on-vcpu-free", "no list corruption"),
+    "cpu-offline-vs-vcpu-flush": ("flush-rechecks-cpu", "no list corruption"),
+}
+"""Scenarios that need a fix: without it, which property they violate."""
+assert {*KNOWN} <= {*KVM}
+
+
+@pytest.mark.parametrize(("name", "fix", "prop"), [(name, *known) for name, known in KNOWN.items()])
+def test_each_fix_is_needed(name: str, fix: str, prop: str) -> None:
+    kernel = f"{FIXED},-{fix}"
+    found = first_violation(name, kernel, 100, "random") or first_violation(name, kernel, 1000, "pct")
+    assert found == prop
 
 
 @pytest.mark.parametrize("name", ["two-faults", "fault-vs-punch-hole", "zap-vs-accept"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from septum.cli.main import BAD, GOOD, INTERRUPTED
-from septum.cli.output import Progress
 
 if TYPE_CHECKING:
-    from septum.core.run import Chooser, Outcome
+    from septum.core.run import Outcome
     from septum.lab.recording import Recording
     from septum.lab.scenario import Scenario, Value
 
@@ -19,50 +17,8 @@ STATUS = {"proved": GOOD, "bounded": GOOD, "sampled": GOOD, "violated": BAD, "in
 """The exit status of each verdict."""
 
 
-@dataclass(slots=True)
-class Sampled:
-    """What a number of seeded runs found; ``shown`` is the run that violates a property, or else the last."""
-
-    verdict: str = "sampled"
-    executions: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    seed: int = 0
-    shown: Outcome | None = None
-
-
-def sample_runs(
-    scenario: Scenario,
-    values: Mapping[str, Value],
-    chooser: Callable[[int], Chooser],
-    *,
-    times: int,
-    seed: int,
-    progress: Progress,
-) -> Sampled:
-    """Runs a scenario ``times`` times, the first with ``seed``, each other with the next one, up to a violation."""
-    from septum.lab.recording import sample
-    from septum.lab.stage import Stage
-
-    found = Sampled(seed=seed)
-    stage = Stage(scenario, values)
-    start = time.perf_counter()
-    try:
-        for number in range(seed, seed + times):
-            outcome = stage.run(chooser(number), keep_events=False)
-            found.executions += 1
-            found.steps += outcome.steps
-            found.seed = number
-            if outcome.violation:
-                found.verdict = "violated"
-                break
-            progress(f"{found.executions:,} of {times:,} runs, {found.steps:,} steps")
-    except KeyboardInterrupt:
-        found.verdict = "interrupted"
-    found.seconds = time.perf_counter() - start
-    if found.executions:
-        found.shown = sample(scenario, values, chooser(found.seed))
-    return found
+UNENDED = 200
+"""How many events are drawn of a run that did not end."""
 
 
 def write_counterexample(recording: Recording) -> str:
@@ -76,10 +32,13 @@ def write_shrunk(recording: Recording) -> tuple[str, list[Outcome]]:
     """Writes a counterexample, and then a shrunk one in its place; returns the file's name and the runs behind it."""
     from pathlib import Path
 
+    from septum.core.run import ENDS
     from septum.lab.recording import replay
     from septum.lab.shrink import shrink
 
     found = write_counterexample(recording)
+    if recording.property == ENDS:  # a shorter schedule would only say less
+        return found, replay(recording)
     try:
         recording = shrink(recording)
     except KeyboardInterrupt:
@@ -96,10 +55,14 @@ def events_of(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def diagrams(outcomes: Sequence[Outcome]) -> list[str]:
-    """Each run as a sequence diagram."""
+    """Each run as a sequence diagram; of one that did not end, the beginning."""
+    from septum.core.run import ENDS
     from septum.report.sequence import sequence_diagram
 
-    return [sequence_diagram(outcome.trace.events).rstrip("\n") for outcome in outcomes]
+    return [
+        sequence_diagram(outcome.trace.events[: UNENDED if outcome.violation == ENDS else None]).rstrip("\n")
+        for outcome in outcomes
+    ]
 
 
 def title(scenario: Scenario, values: Mapping[str, Value]) -> str:

@@ -39,6 +39,7 @@ def every_state(
     """
     from septum.core.explore import REDUCTIONS, Bounds, Checkpoint
     from septum.lab.recording import explore
+    from septum.lab.scenario import file_stem
 
     unknown = [name for name in ways.without if name not in REDUCTIONS]
     if unknown:
@@ -53,7 +54,7 @@ def every_state(
         [scenario.name, dict(values), "preemptions" in bounds, ways.depth_first, ways.liveness, sorted(ways.without)]
     )
     mark = hashlib.sha256(subject.encode()).hexdigest()[:8]
-    path = ways.resume or Path(f"{scenario.name}-{mark}.checkpoint")
+    path = ways.resume or Path(f"{file_stem(scenario.name)}-{mark}.checkpoint")
     checkpoint = Checkpoint(path, subject, resume=ways.resume is not None)
     verdict = explore(
         scenario,

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from septum.arch.errors import UsageError
-from septum.cli.campaign import STATUS, diagrams, sample_runs, title, write_shrunk
+from septum.cli.campaign import STATUS, diagrams, title, write_shrunk
 from septum.cli.options import Json, Params, Quiet, Scenario, Seed, count
 from septum.cli.output import Progress, fill, show
+from septum.cli.scenario_options import Fixes, Kernel, Policies, Unfixed, chosen_scenario
 
 if TYPE_CHECKING:
     from septum.core.run import Outcome
@@ -23,6 +24,9 @@ SAMPLES = 1000
 def explore(
     scenario: Scenario,
     params: Params,
+    fixes: Fixes,
+    without: Unfixed,
+    policies: Policies,
     bound: Annotated[
         list[str],
         typer.Option(
@@ -43,6 +47,7 @@ def explore(
             show_default=False,
         ),
     ],
+    kernel: Kernel = None,
     strategy: Annotated[
         str,
         typer.Option(
@@ -68,10 +73,7 @@ def explore(
     N executions), interrupted, or violated: then the schedule that breaks the property is written to a file for septum
     replay, and drawn. Exit status 1 when violated.
     """
-    from septum.lab.scenario import find_scenario
-
-    chosen = find_scenario(scenario)
-    values = chosen.values(params)
+    chosen, values, names = chosen_scenario(scenario, params, kernel, fixes, without, policies)
     bounds = read_bounds(bound, strategy)
     progress = Progress(quiet=quiet)
     if strategy == "states":
@@ -89,8 +91,7 @@ def explore(
     record = {
         "scenario": chosen.name,
         "parameters": values,
-        "kernel": None,
-        "policy": None,
+        **names,
         "strategy": strategy,
         "bounds": bounds,
     } | record
@@ -197,6 +198,7 @@ def _samples(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Samples seeded runs; the run that violates a property, if any, is the counterexample, shrunk."""
     from septum.lab.recording import record
+    from septum.lab.sampled import sample_runs
     from septum.lab.strategies import sampler
 
     times = bounds.get("executions", SAMPLES)

@@ -20,6 +20,7 @@ def _scenarios() -> list[dict[str, Any]]:
         {
             "name": scenario.name,
             "title": scenario.title,
+            "details": scenario.description,
             "parameters": {str(parameter.name): parameter.default for parameter in scenario.parameters},
         }
         for scenario in scenarios().values()
@@ -58,8 +59,9 @@ def list_(
         raise UsageError(f"there is no list of {kind!r}: give one of {', '.join(KINDS)}")
     things = KINDS[kind]()
     names = "\n".join(thing["name"] for thing in things)
-    columns = tuple(key.replace("_", " ") for key in things[0])
-    rows = tuple(tuple(_cell(key, value) for key, value in thing.items()) for thing in things)
+    keys = [key for key in things[0] if key != "details"]
+    columns = tuple(key.replace("_", " ") for key in keys)
+    rows = tuple(tuple(_cell(key, thing[key]) for key in keys) for thing in things)
     show({kind: things}, names, [Table(rows, columns)], as_json=as_json, quiet=quiet)
     return GOOD
 

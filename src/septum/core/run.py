@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from septum.arch.errors import UsageError
-from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx, emit
+from septum.core.steps import CALLS, SOLO, Program, Step, Violation, ctx, emit, require
 from septum.core.trace import Trace
 
 T = TypeVar("T")
+
+ENDS = "every run ends"
+"""The property of runs that must come to their end within a number of steps."""
 
 #: From the indices of the tasks that can go on (ascending) and the last one chosen (-1 at first) to the next one.
 Chooser = Callable[[Sequence[int], int], int]
@@ -85,8 +88,11 @@ def run(
     invariants: Sequence[Callable[[], None]] = (),
     lock_order: dict[tuple[str, str], str] | None = None,
     stop_at_cycle: bool = True,
+    must_end: bool = False,
 ) -> Outcome:
     """Runs tasks to their end, to a violation, to a deadlock, or for ``max_steps`` steps.
+
+    With ``must_end``, a run that does not end within ``max_steps`` violates :data:`ENDS`.
 
     A deadlock (somebody has not finished and nobody can go on) is reported as a violation of ``no deadlock`` that
     names who waits for what. ``lock_order`` is what earlier runs have seen of it, and is added to;
@@ -99,12 +105,22 @@ def run(
     ctx.trace = outcome.trace if keep_events and level != SOLO else None
     try:
         _run(programs, choose, max_steps, outcome, invariants)
+        require(outcome.ended or not must_end, ENDS, _unended(programs, outcome))
     except Violation as violation:
         outcome.violation, outcome.message = violation.property, str(violation)
         emit("violation", f"** {violation.property}: {violation}")
     finally:
         ctx.level, ctx.task, ctx.trace, ctx.cycles = before
     return outcome
+
+
+def _unended(programs: Sequence[Program], outcome: Outcome) -> str:
+    names = [
+        program.task.name
+        for program, result in zip(programs, outcome.results, strict=True)
+        if result is None and not program.daemon
+    ]
+    return f"{' and '.join(names)} did not end within {outcome.steps:,} steps (does it ever? explore --liveness)"
 
 
 def run_solo(programs: Sequence[Program]) -> list[Any]:

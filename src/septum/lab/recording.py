@@ -18,10 +18,10 @@ from septum import __version__
 from septum.arch.errors import UsageError
 from septum.core.dpor import RunVerdict
 from septum.core.explore import Bounds, Explorer, Verdict
-from septum.core.run import Chooser, Outcome, recorded, run
+from septum.core.run import ENDS, Chooser, Outcome, recorded, run
 from septum.core.trace import pack_schedule, unpack_schedule
 from septum.lab.files import write_whole
-from septum.lab.scenario import Scenario, Value, find_scenario
+from septum.lab.scenario import Scenario, Value, file_stem, find_scenario
 
 FORMAT: Final = "septum-schedule/1"
 _LARGEST_FILE: Final = 64 << 20
@@ -102,7 +102,7 @@ def save(recording: Recording, folder: Path | None = None) -> Path:
     what = re.sub(r"[^a-z0-9]+", "-", (recording.property or "run").lower()).strip("-")
     text = json.dumps(recording.to_json(), indent=1) + "\n"
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    path = (folder or Path.cwd()) / f"{recording.scenario}-{what}-{mark}.json"
+    path = (folder or Path.cwd()) / f"{file_stem(recording.scenario)}-{what}-{mark}.json"
     write_whole(path, text.encode())
     return path
 
@@ -161,6 +161,7 @@ def replay(recording: Recording) -> list[Outcome]:
             max_steps=len(schedule),
             lock_order=order,
             stop_at_cycle=recording.property in (None, "lock order"),
+            must_end=recording.property == ENDS,
         )
         for schedule in (*recording.witnesses, recording.schedule)
     ]

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from septum.arch.errors import UsageError
 from septum.core.automata import Invariant
 from septum.core.cells import Tracking, World
 from septum.core.steps import CALLS, Program
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from septum.kvm.host import Host
+
 Value = int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a scenario: integers lie in ``low``..``high``, strings are one of ``choices``."""
+    """A parameter of a scenario: integers lie in ``low``..``high``, strings are one of ``choices``, or what ``check``
+    has nothing against (it raises ``UsageError``)."""
 
     name: str
     default: Value
@@ -25,6 +33,7 @@ class Parameter:
     low: int = 0
     high: int = 1 << 62
     choices: tuple[str, ...] = ()
+    check: Callable[[str], object] | None = None
 
     def parse(self, text: str) -> Value:
         """The value that ``text`` stands for.
@@ -35,6 +44,9 @@ class Parameter:
             if text in self.choices:
                 return text
             raise UsageError(f"parameter {self.name}: {text!r} is not one of {', '.join(self.choices)}")
+        if self.check:
+            self.check(text)
+            return text
         try:
             value = int(text, 0)
         except ValueError:
@@ -47,6 +59,17 @@ class Parameter:
         return f"{self.name}={self.default}"
 
 
+class Built(NamedTuple):
+    """What a scenario is built into. ``host`` is for reports: whose SEAMCALLs are counted."""
+
+    programs: Sequence[Program]
+    invariants: Sequence[Invariant] = ()
+    host: Host | None = None
+
+
+Build = Callable[..., tuple[Sequence[Program], Sequence[Invariant]] | Built]
+
+
 @dataclass(slots=True)
 class Setting:
     """A scenario ready to run: its world, its tasks, and the properties of all its states."""
@@ -54,6 +77,7 @@ class Setting:
     world: World
     programs: Sequence[Program]
     invariants: Sequence[Invariant] = field(default_factory=list)
+    host: Host | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +89,21 @@ class Scenario:
 
     name: str
     title: str
-    build: Callable[..., tuple[Sequence[Program], Sequence[Invariant]]]
+    build: Build
     parameters: tuple[Parameter, ...] = ()
     level: int = CALLS
     reducible: bool = True
 
+    @property
+    def description(self) -> str:
+        """What the function that builds it says of it."""
+        return inspect.getdoc(self.build) or self.title
+
     def setting(self, values: Mapping[str, Value]) -> Setting:
         """Builds the scenario in a world of its own (or in one that it brings)."""
         Tracking.world = World()
-        programs, invariants = self.build(**values)
-        return Setting(Tracking.world, programs, invariants)
+        built = Built(*self.build(**values))
+        return Setting(Tracking.world, *built)
 
     def values(self, given: Iterable[str] = ()) -> dict[str, Value]:
         """All parameters, from ``NAME=VALUE`` texts and defaults.
@@ -94,26 +123,62 @@ class Scenario:
         return values
 
 
-#: Where the scenarios are: each module has ``SCENARIOS``.
+def scenario(*parameters: Parameter, level: int = CALLS) -> Callable[[Build], Scenario]:
+    """Makes a scenario of the function below: named as it, with ``-`` for ``_``, its title the first line of its text.
+
+    The function gets the parameters by name and returns the tasks and what must hold in every state.
+    """
+
+    def made(build: Build) -> Scenario:
+        name = getattr(build, "__name__", "scenario").replace("_", "-")
+        title = (inspect.getdoc(build) or name).partition("\n")[0].rstrip(".")
+        return Scenario(name, title, build, parameters, level)
+
+    return made
+
+
+def file_stem(name: str) -> str:
+    """The name of a scenario as a part of file names."""
+    return re.sub(r"[^\w-]+", "-", name.rpartition(":")[2].rpartition("/")[2])
+
+
+#: Where the scenarios are. A module has ``SCENARIOS``, or they are its global variables.
 _MODULES: Final = (
     "septum.lab.scenarios.trylock",
     "septum.lab.scenarios.locking",
     "septum.lab.scenarios.seamcalls",
     "septum.lab.scenarios.kvm_build",
     "septum.lab.scenarios.kvm_faults",
+    "septum.lab.scenarios.kvm_memory",
+    "septum.lab.scenarios.kvm_lifetime",
 )
 
 
 def scenarios() -> dict[str, Scenario]:
     """All scenarios by name."""
-    return {scenario.name: scenario for module in _MODULES for scenario in import_module(module).SCENARIOS}
+    return {found.name: found for module in _MODULES for found in scenarios_of(import_module(module))}
+
+
+def scenarios_of(module: ModuleType) -> list[Scenario]:
+    """The scenarios of a module, in its order."""
+    everything: Iterable[Any] = getattr(module, "SCENARIOS", vars(module).values())
+    return [thing for thing in everything if isinstance(thing, Scenario)]
 
 
 def find_scenario(name: str) -> Scenario:
-    """The scenario with this name.
+    """The scenario with this name; ``FILE.py:NAME`` is one of a file (the name can be left out if it is the only one).
 
-    :raises UsageError: when there is none.
+    :raises UsageError: when there is none, or the file cannot be used.
     """
+    if match := re.fullmatch(r"(.*\.py)(?::(.*))?", name):
+        from septum.lab.scenario_file import scenarios_in  # noqa: PLC0415 -- a name needs no file
+
+        path, wanted = match.groups()
+        known = scenarios_in(path)
+        chosen = next(iter(known)) if not wanted and len(known) == 1 else wanted or ""
+        if chosen not in known:
+            raise UsageError(f"{path} has no scenario {chosen!r}; it has: {', '.join(known)}")
+        return replace(known[chosen], name=f"{path}:{chosen}")
     known = scenarios()
     if name not in known:
         raise UsageError(f"there is no scenario {name!r}; there are: {', '.join(sorted(known))}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from septum.core.automata import Invariant
 from septum.core.cells import Fixed, Tracking, World
 from septum.core.steps import CALLS, Program, Task, Violation, require
 from septum.lab.scenario import Value, find_scenario
+from septum.lab.scenario_file import guarded
 
 
 class Host(Fixed):
@@ -34,15 +36,7 @@ class Host(Fixed):
         place = len(self.programs)
         task = Task(name or f"{getattr(body, '__name__', 'task')} {place}", cpu=place if cpu < 0 else cpu)
 
-        async def guarded() -> Any:
-            try:
-                return await body(*arguments)
-            except Violation:
-                raise
-            except Exception as error:
-                raise _violation(error) from error
-
-        self.programs.append(Program(task, guarded, daemon=daemon))
+        self.programs.append(Program(task, partial(guarded(body), *arguments), daemon=daemon))
         return task
 
     def always(self, check: Callable[[], bool | None], what: str = "") -> None:
@@ -76,13 +70,3 @@ def _checking(check: Callable[[], bool | None], what: str) -> Invariant:
         require(holds is None or bool(holds), name, f"{name} does not hold")
 
     return checked
-
-
-def _violation(error: Exception) -> Violation:
-    """An exception of a task's body as a violated property, with the line that raised it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}: " if trace is not None else ""
-    name = "assertion" if isinstance(error, AssertionError) else type(error).__name__
-    return Violation(name, f"{place}{error}".rstrip(": "))
