@@ -131,8 +131,14 @@ def test_memory_is_compared(tmp_path: Path) -> None:
         {"op": "mem", "pa": "0x2000", "len": 16, "hex": "0102" * 7 + "0103"},
     ]
     report = conform(write(tmp_path / "file.jsonl", sequence("it", "poweron", wrote, *checks)))
-    assert (report.events, report.passed) == (2, 1)
+    assert (report.events, report.passed) == (3, 2)
+    assert report.by_leaf["write"].passed == 1
     assert report.differences[0].expected == {"bytes from 0xf": "03"}
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"this is a folder; name the files in it, .*/\*\.jsonl\*"):
+        conform(tmp_path)
 
 
 # -- files that are no vectors ---------------------------------------------------------------------------------------

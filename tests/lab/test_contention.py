@@ -116,6 +116,8 @@ def test_files_that_are_no_recordings_are_refused(tmp_path: Path, text: str) -> 
             list(read(path))
     with pytest.raises(UsageError, match="there is no such file"):
         list(contention.pairs_of(tmp_path / "absent"))
+    with pytest.raises(UsageError, match="this is a folder"):
+        list(contention.pairs_of(tmp_path))
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ from septum.arch.leaves import guest_leaf, host_leaf
 from septum.arch.operands import Operand
 from septum.arch.sept import TDEL
 from septum.core.trylocks import Mode, Sharex, SharexHp, TryLock
-from septum.lab.conform import Runner
-from septum.tdx import td_exit
+from septum.tdx import leave
 from septum.tdx.call import HostCall
 from septum.tdx.guest.call import GuestCall
 from septum.tdx.held import HeldLocks
 from septum.tdx.host import mem_resize
 from tests.mutation.cases import EXIT, Case
-from tests.mutation.footprint import footprint
+from tests.mutation.footprint import Footprint
 
 CALL, CHILDREN = "call", "children"
 """Who holds a lock: the call, or the list of 512 entries that TDH.MEM.PAGE.PROMOTE keeps aside."""
@@ -164,7 +163,7 @@ def broken(mutant: Mutant) -> Iterator[None]:
     with ExitStack() as stack:
         leaf = mutant.case.leaf
         if leaf == EXIT:
-            stack.enter_context(patch.object(td_exit, "HeldLocks", lambda: BrokenExit(mutant)))
+            stack.enter_context(patch.object(leave, "HeldLocks", lambda: BrokenExit(mutant)))
         elif mutant.holder == CHILDREN:
             stack.enter_context(patch.object(mem_resize, "HeldLocks", lambda: BrokenLocks(mutant)))
         else:
@@ -182,7 +181,7 @@ def broken(mutant: Mutant) -> Iterator[None]:
         yield
 
 
-def acquisitions(runner: Runner, case: Case) -> list[Acquisition]:
+def acquisitions(footprint: Footprint, case: Case) -> list[Acquisition]:
     """Every lock that a call takes on the right model, by holder. A TD exit takes none, but drops four."""
     found: list[Acquisition] = []
     holders: dict[HeldLocks, int] = {}
@@ -212,11 +211,11 @@ def acquisitions(runner: Runner, case: Case) -> list[Acquisition]:
         leaves.clear()
 
     with patch.object(HeldLocks, "take", noted_take), patch.object(HeldLocks, "promote", noted_promote):
-        footprint(runner, case, before=only_the_call)
+        footprint(case, before=only_the_call)
     return found
 
 
-def mutants(runner: Runner, case: Case) -> list[Mutant]:
+def mutants(footprint: Footprint, case: Case) -> list[Mutant]:
     """Every way to break one lock of a call."""
     if case.leaf == EXIT:
         # They go last in, first out.
@@ -228,8 +227,8 @@ def mutants(runner: Runner, case: Case) -> list[Mutant]:
             for way in ways
             if way is not Breakage.SWAPPED or i + 1 < len(locks)
         ]
-    taken = acquisitions(runner, case)
-    _, afterwards, _ = footprint(runner, case)
+    taken = acquisitions(footprint, case)
+    _, afterwards, _ = footprint(case)
     names = [text[1:].partition("/")[0] for text in case.operations if text[0] != "-"]
     found = []
     for acquisition, name in zip(taken, names, strict=True):

@@ -51,27 +51,48 @@ def words(module: Module) -> dict[Any, int]:
     return {**dict(dict.items(module.locks)), **locked}
 
 
-def footprint(
-    runner: Runner, case: Case, *, before: Callable[[], None] = lambda: None
+def observed(
+    module: Module, run: Callable[[], str], *, before: Callable[[], None] = lambda: None
 ) -> tuple[tuple[str, ...], dict[Any, int], str]:
-    """Lock operations, lock words afterwards, and the answer; the machine is put back.
-
-    ``before`` is called between the calls that come before and the call itself.
-    """
-    machine = runner.machine_on_the_way(*contention._start(case.start))
-    module, journal = machine.module, machine.journal
-    mark = journal.mark()
+    """Lock operations of what ``run`` does, lock words afterwards, and its answer; ``before`` comes just before."""
     level = ctx.level
+    events = Events(module)
+    before()
     try:
-        for call in case.before:
-            contention._finish(contention.call_of(module, call))
-        before()
-        events = Events(module)
-        ctx.trace = events  # type: ignore[assignment]
-        ctx.level = PRIMITIVES
-        _, answer = contention._finish(contention.call_of(module, case.call), level=PRIMITIVES)
-        ops = events.operations if case.releases else [text for text in events.operations if text[0] != "-"]
-        return tuple(ops), words(module), answer
+        ctx.trace, ctx.level = events, PRIMITIVES  # type: ignore[assignment]
+        answer = run()
     finally:
         ctx.trace, ctx.level = None, level
-        journal.undo(mark)
+    return tuple(events.operations), words(module), answer
+
+
+Footprint = Callable[..., tuple[tuple[str, ...], dict[Any, int], str]]
+"""The footprint of a case, with ``before`` called between the calls that come before and the call itself."""
+
+
+def recorded(runner: Runner) -> Footprint:
+    """Footprints of recorded calls, on a machine that is put back after each."""
+
+    def footprint(
+        case: Case, *, before: Callable[[], None] = lambda: None
+    ) -> tuple[tuple[str, ...], dict[Any, int], str]:
+        machine = runner.machine_on_the_way(*contention._start(case.start))
+        module, journal = machine.module, machine.journal
+        mark = journal.mark()
+        try:
+            for call in case.before:
+                contention._finish(contention.call_of(module, call))
+            operations, afterwards, answer = observed(
+                module,
+                lambda: contention._finish(contention.call_of(module, case.call), level=PRIMITIVES)[1],
+                before=before,
+            )
+        finally:
+            journal.undo(mark)
+        return operations if case.releases else _without_releases(operations), afterwards, answer
+
+    return footprint
+
+
+def _without_releases(operations: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(text for text in operations if text[0] != "-")

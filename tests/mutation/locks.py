@@ -5,7 +5,9 @@
 A mutant is one lock that one interface function takes on one way through it, and one thing wrong with it: it is never
 taken, taken shared for exclusive or the reverse, taken after the next one, or never released. Checks, cheapest first:
 the recorded lock footprint of the call, the recorded pairs of calls of which one is this function, and the recorded
-sets of outcomes of all interleavings with it. Needs the recorded data (SEPTUM_SHARED). Exit status 1 with survivors.
+sets of outcomes of all interleavings with it; for migration, of which nothing was recorded, the footprint read from
+the module's source (``tests/mutation/migration.py``). Needs the recorded data (SEPTUM_SHARED). Exit status 1 with
+survivors.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from septum.core.steps import SOLO, ctx
 from septum.lab import contention, interleavings
 from septum.lab.starts import runner_for
 from tests.conftest import shared_data
+from tests.mutation import migration
 from tests.mutation.broken import CHILDREN, Breakage, Mutant, broken, mutants
 from tests.mutation.cases import EXIT, Case, cases, recorded_pairs
-from tests.mutation.footprint import footprint
+from tests.mutation.footprint import recorded
 
 SCENARIOS: Final = ("pairs", "pairs_extra", "pairs_extra2", "triples", "triples_extra", "programs", "rtmr", "servtd")
 SURVIVED: Final = "nothing"
@@ -46,6 +49,7 @@ class Checks:
     def __init__(self, shared: Path, *, footprints: bool = True) -> None:
         self.shared = shared
         self.runner = runner_for()
+        self.footprint = recorded(self.runner)
         self.footprints = footprints
 
     @cached_property
@@ -73,18 +77,20 @@ class Checks:
 
     def mutants(self) -> list[Mutant]:
         """All mutants of all cases."""
-        return [mutant for case in self.cases for mutant in mutants(self.runner, case)]
+        return [mutant for case in self.cases for mutant in mutants(self.footprint, case)]
 
     @cached_property
     def _right(self) -> dict[Case, tuple[tuple[str, ...], dict[Any, int]]]:
         """The recorded lock operations, and the lock words that the right model leaves."""
-        return {case: (case.operations, footprint(self.runner, case)[1]) for case in self.cases}
+        return {case: (case.operations, self.footprint(case)[1]) for case in self.cases}
 
     def notice(self, mutant: Mutant) -> str:
         """The first check that fails with a mutant, or :data:`SURVIVED`."""
+        if mutant.case not in self._right:
+            return "footprint" if migration.is_noticed(mutant) else SURVIVED
         leaf, right = mutant.case.leaf, self._right[mutant.case]
         with broken(mutant):
-            if self.footprints and self._fails(lambda: footprint(self.runner, mutant.case)[:2] == right):
+            if self.footprints and self._fails(lambda: self.footprint(mutant.case)[:2] == right):
                 return "footprint"
             if is_equivalent(mutant):
                 return SURVIVED
@@ -113,7 +119,9 @@ class Checks:
     def _outcomes_differ(self, scenario: Mapping[str, Any]) -> bool:
         if not self._fails(lambda: interleavings.compare(self.runner, scenario).agrees):
             return False
-        self.runner = runner_for()  # an exploration that was cut short leaves the machine anywhere
+        # An exploration that was cut short leaves the machine anywhere.
+        self.runner = runner_for()
+        self.footprint = recorded(self.runner)
         return True
 
 
@@ -158,7 +166,8 @@ def main() -> int:
         print("needs the recorded data: set SEPTUM_SHARED to its folder", file=sys.stderr)
         return 2
     checks = Checks(shared, footprints=not options.without_footprints)
-    chosen = [mutant for mutant in checks.mutants() if options.only in str(mutant)]
+    further = [] if options.without_footprints else migration.all_mutants()
+    chosen = [mutant for mutant in (*checks.mutants(), *further) if options.only in str(mutant)]
     if options.sample is not None:
         chosen = sample(chosen, options.sample)
     start, noticed, alive = time.perf_counter(), Counter[str](), list[str]()

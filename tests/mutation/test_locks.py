@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
 
-import septum.tdx
 from tests.mutation.broken import CALL, Breakage, Mutant, acquisitions, broken
 from tests.mutation.cases import EXIT, Case
-from tests.mutation.footprint import footprint
+from tests.mutation.lines import is_of_migration, lines_with_locks
 from tests.mutation.locks import SURVIVED, Checks, is_equivalent, sample, try_all
-
-
-def has_cases(path: Path) -> bool:
-    """Whether the locks of a module of the model have cases: not those of migration, for which nothing was recorded."""
-    return "migration" not in f"{path.parent.name}/{path.name}" and path.name != "held.py"
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +25,14 @@ def test_lock_footprints_are_the_recorded_ones(checks: Checks) -> None:
     """Every lock that a call takes, promotes and releases, in order and with its mode."""
     assert len(checks.cases) > 70
     for case in checks.cases:
-        operations, _, answer = footprint(checks.runner, case)
+        operations, _, answer = checks.footprint(case)
         assert operations == case.operations, f"{case.name}: {answer}"
 
 
 def test_every_line_that_takes_a_lock_is_on_the_way_of_a_case(checks: Checks) -> None:
     """A new lock needs a case here, so that it is broken too: a recorded footprint, or one of ``cases.FURTHER``."""
-    reached = {a.site for case in checks.cases if case.leaf != EXIT for a in acquisitions(checks.runner, case)}
-    there = set()
-    for path in Path(septum.tdx.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Await) and isinstance(call := node.value, ast.Call):
-                method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-                if method in ("take", "promote") and has_cases(path):
-                    there.add((path.name, node.lineno))
+    reached = {a.site for case in checks.cases if case.leaf != EXIT for a in acquisitions(checks.footprint, case)}
+    there = {site for path, site in lines_with_locks() if not is_of_migration(path)}
     assert there - reached == set()
 
 
@@ -54,7 +41,7 @@ def test_without_a_broken_lock_nothing_is_noticed(checks: Checks) -> None:
     for case in checks.cases:
         if case.leaf != EXIT:
             with broken(Mutant(case, CALL, -1, "no lock", Breakage.SKIPPED)):
-                assert footprint(checks.runner, case)[0] == case.operations
+                assert checks.footprint(case)[0] == case.operations
     aug = next(case for case in checks.cases if case.name == "PAGE.AUG/2M on run")
     some = Checks(checks.shared, footprints=False)
     some._pairs = {aug.leaf: checks._pairs[aug.leaf][:100]}
@@ -90,7 +77,7 @@ def test_every_equivalent_mutant_is_one(checks: Checks) -> None:
     listed = [mutant for mutant in checks.mutants() if is_equivalent(mutant)]
     assert listed
     case: Case = listed[0].case
-    right = footprint(checks.runner, case)
+    right = checks.footprint(case)
     for mutant in listed[::40]:
         with broken(mutant):
-            assert footprint(checks.runner, case) == right
+            assert checks.footprint(case) == right

@@ -1,8 +1,8 @@
 """Conformance: recorded vectors of the real TDX Module, run against the model.
 
-Every event that has an answer counts: SEAMCALLs and VM exits, memory that the module wrote, and values read from
-inside it. All registers are compared. Events that only set the machine up (``write``, ``set_tsc`` ...) do not count.
-After a difference a sequence goes on, so that one cause may show as several differences.
+Every event of a sequence counts: SEAMCALLs and VM exits, with all registers compared, memory that the module wrote,
+values read from inside it, and what is done to the machine in between (``write``, ``set_tsc`` ...), which passes when
+it can be done. After a difference a sequence goes on, so that one cause may show as several differences.
 
 Each sequence begins in a start state: ``poweron``, or the end of a sequence of the ``boot`` and ``prefix`` files beside
 the file. A machine is brought there once; after each sequence a journal takes it back.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from septum.arch.errors import UsageError
 from septum.arch.platform import Platform
 from septum.lab.playback import Different, Machine, describe
-from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Seamcall, Sequence, StateCheck, VectorFile
+from septum.lab.vectors import Event, Exit, MemoryCheck, Seamcall, Sequence, StateCheck, VectorFile
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event as Event_
@@ -132,7 +132,7 @@ class Runner:
         mark = machine.journal.mark()
         for number, event in enumerate(sequence.events, 1):
             difference = _try(machine, event)
-            if isinstance(event, Input) or (leaf is not None and event.name != leaf):
+            if leaf is not None and event.name != leaf:
                 continue
             report.count(event.name, answer(event), difference is None)
             if difference is not None and len(report.differences) < keep:

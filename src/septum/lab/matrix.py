@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -23,17 +23,25 @@ Progress = Callable[[str], None]
 
 @dataclass(slots=True)
 class Agreement:
-    """How a file of recordings compares: how many pairs or scenarios, how many agree, and where the others differ."""
+    """How a file of recordings compares: how many pairs or scenarios, how many agree, and where the others differ.
+
+    ``by_leaf`` counts, for each interface function, those in which it is called: all of them, and those that agree.
+    """
 
     pairs: int = 0
     agree: int = 0
     differ: list[dict[str, Any]] = field(default_factory=list)
+    by_leaf: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, differences: list[dict[str, Any]]) -> None:
-        """Counts one pair or scenario with what differs in it."""
+    def add(self, leaves: Iterable[str], differences: list[dict[str, Any]]) -> None:
+        """Counts one pair or scenario of calls of these functions, with what differs in it."""
+        good = not differences
         self.pairs += 1
-        self.agree += not differences
+        self.agree += good
         self.differ += differences
+        for leaf in leaves:
+            pairs, agree = self.by_leaf.get(leaf, (0, 0))
+            self.by_leaf[leaf] = pairs + 1, agree + good
 
 
 def against(path: Path, *, vectors: Path | None = None, jobs: int = 1, progress: Progress | None = None) -> Agreement:
@@ -41,7 +49,7 @@ def against(path: Path, *, vectors: Path | None = None, jobs: int = 1, progress:
 
     :raises UsageError: for a file that is none, or start states that are missing.
     """
-    return _compare(contention.pairs_of(path), _pair, vectors, jobs, progress)
+    return _compare(contention.pairs_of(path), _pair, _leaves_of_pair, vectors, jobs, progress)
 
 
 def every_interleaving(
@@ -51,7 +59,7 @@ def every_interleaving(
 
     :raises UsageError: for a file that is none, or start states that are missing.
     """
-    return _compare(interleavings.scenarios_of(path), _scenario, vectors, jobs, progress)
+    return _compare(interleavings.scenarios_of(path), _scenario, _leaves_of_scenario, vectors, jobs, progress)
 
 
 def model_matrix() -> list[Conflict]:
@@ -74,18 +82,29 @@ def _scenario(runner: Runner, scenario: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"pair": found.name, "level": found.level, "missing": found.missing, "surplus": found.surplus}]
 
 
+def _leaves_of_pair(pair: Mapping[str, Any]) -> set[str]:
+    """Interface functions of a pair, and VM exits that are no TDCALL, as vectors name them."""
+    calls = (pair["A_call"], pair["B_call"])
+    return {call.get("leaf") or call.get("tdcall") or f"EXIT:{call.get('td_exit')}" for call in calls}
+
+
+def _leaves_of_scenario(scenario: Mapping[str, Any]) -> set[str]:
+    return {call["leaf"] for program in scenario["programs"] for call in program["calls"]}
+
+
 def _compare(
     items: Iterable[dict[str, Any]],
     compare: Callable[[Runner, dict[str, Any]], list[dict[str, Any]]],
+    leaves_of: Callable[[Mapping[str, Any]], set[str]],
     vectors: Path | None,
     jobs: int,
     progress: Progress | None,
 ) -> Agreement:
     total = Agreement()
-    work = partial(_batch, compare, vectors)
+    work = partial(_batch, compare, leaves_of, vectors)
     batches = _batches(iter(items))
     if jobs == 1:
-        results: Iterable[list[list[dict[str, Any]]]] = map(work, batches)
+        results: Iterable[_Results] = map(work, batches)
         _collect(results, total, progress)
     else:
         from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415 -- only for several processes
@@ -95,10 +114,14 @@ def _compare(
     return total
 
 
-def _collect(results: Iterable[list[list[dict[str, Any]]]], total: Agreement, progress: Progress | None) -> None:
+_Results = list[tuple[set[str], list[dict[str, Any]]]]
+"""Of each pair or scenario: its interface functions, and what differs."""
+
+
+def _collect(results: Iterable[_Results], total: Agreement, progress: Progress | None) -> None:
     for batch in results:
-        for differences in batch:
-            total.add(differences)
+        for leaves, differences in batch:
+            total.add(leaves, differences)
         if progress:
             progress(f"{total.pairs:,} compared, {total.agree:,} agree")
 
@@ -109,10 +132,13 @@ def _batches(items: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _batch(
-    compare: Callable[[Runner, dict[str, Any]], list[dict[str, Any]]], vectors: Path | None, items: list[dict[str, Any]]
-) -> list[list[dict[str, Any]]]:
+    compare: Callable[[Runner, dict[str, Any]], list[dict[str, Any]]],
+    leaves_of: Callable[[Mapping[str, Any]], set[str]],
+    vectors: Path | None,
+    items: list[dict[str, Any]],
+) -> _Results:
     runner = _runner(vectors)
-    return [compare(runner, item) for item in items]
+    return [(leaves_of(item), compare(runner, item)) for item in items]
 
 
 @cache

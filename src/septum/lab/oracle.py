@@ -365,8 +365,6 @@ def _run_file(file: VectorFile, oracle: Oracle, report: OracleReport, keep: int,
                 if event in unable:
                     continue
                 different = machine.play(event)
-                if isinstance(event, Input):
-                    continue
                 report.count(event.name, answer(event), different is None)
                 if different is not None and len(report.differences) < keep:
                     place = (str(file.path), event.line, sequence.name, number, event.name)

@@ -12,6 +12,7 @@ from septum.arch.leaves import HostLeaf
 from septum.arch.platform import Platform
 from septum.core.cells import Journal, Tracking, World
 from septum.core.run import solo_call
+from septum.lab.flat_memory import FlatMemory
 from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Outcome, Seamcall, StateCheck
 from septum.tdx.host import HANDLERS
 from septum.tdx.module import Module
@@ -149,11 +150,16 @@ def in_64_bit_mode(vp: Vp) -> dict[int, int]:
 
 
 class Machine:
-    """A module whose state can be put back, and the harness around it that plays the recorded events."""
+    """A module whose state can be put back, and the harness around it that plays the recorded events.
+
+    Its hardware is that of the recordings where it can be told from the real one: one flat memory, no XSAVES.
+    """
 
     def __init__(self, platform: Platform) -> None:
         Tracking.world = World()
         self.module = Module(platform)
+        self.module.memory = FlatMemory(self.module)
+        self.module.hardware.inputs.xsaves_writes_header = False
         self.journal = Journal(Tracking.world)
 
     def close(self) -> None:

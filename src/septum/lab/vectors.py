@@ -168,6 +168,8 @@ class VectorFile:
             raise
         except FileNotFoundError:
             raise UsageError(f"{self.path}: there is no such file") from None
+        except IsADirectoryError:
+            raise UsageError(f"{self.path}: this is a folder; name the files in it, {self.path}/*.jsonl*") from None
         except Exception as error:  # each compression has its own kinds of error
             raise self.wrong(line + 1, f"cannot be read, the file may have been cut off or damaged ({error})") from None
 
@@ -223,6 +225,8 @@ def json_lines(path: Path, what: str, check: Callable[[Mapping[str, Any]], None]
                 yield recorded
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: this is a folder; name a file in it") from None
     except (ValueError, AttributeError, OSError, EOFError, RecursionError, lzma.LZMAError) as error:
         raise UsageError(f"{path}: line {number}: no {what} ({error})") from None
 

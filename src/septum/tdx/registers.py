@@ -10,6 +10,9 @@ GPR_NAMES: Final = (
     "rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 U64: Final = (1 << 64) - 1
+_RSP: Final = 4
+GPR_BIT: Final = tuple(1 << (i if i < _RSP else i + 1) for i in range(len(GPR_NAMES)))
+"""Bit of each register of ``GPR_NAMES`` in the mask of TDG.VP.VMCALL."""
 
 
 class Regs:
@@ -62,6 +65,11 @@ class Regs:
             self.rax, self.rcx, self.rdx, self.rbx, self.rbp, self.rsi, self.rdi, self.r8, self.r9, self.r10, self.r11,
             self.r12, self.r13, self.r14, self.r15,
         )  # fmt: skip
+
+    def copy(self, other: Regs) -> None:
+        """Takes over all values of other registers."""
+        for name in GPR_NAMES:
+            setattr(self, name, getattr(other, name))
 
     def values(self) -> dict[str, int]:
         """All registers by name."""

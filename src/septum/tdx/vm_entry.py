@@ -14,12 +14,15 @@ from septum.arch.operands import Operand
 from septum.arch.pages import PAGE_4K, PAGE_MASK, is_shared_gpa
 from septum.arch.status import Status
 from septum.core.steps import emit
+from septum.tdx import extended_state
 from septum.tdx.call import SHARED, HostCall, lock_op_state
 from septum.tdx.events import inject_ve
+from septum.tdx.leave import leave_async
 from septum.tdx.outcome import Fail, check
-from septum.tdx.registers import GPR_NAMES, Regs
+from septum.tdx.registers import GPR_BIT, GPR_NAMES, Regs
 from septum.tdx.stepping import Entry, entry_filter
 from septum.tdx.vcpu import associate, check_tdvps_pages, count_inside, lock_owner, lock_tdvpr
+from septum.tdx.vm_exit import TdExit
 
 if TYPE_CHECKING:
     from septum.tdx.state.td import Td
@@ -36,10 +39,6 @@ _LIMIT_CPUID_MAXVAL: Final = 1 << 22
 _ENABLE_MONITOR: Final = 1 << 18
 _DATA_WRITE: Final = 1 << 1
 _NMI_UNBLOCKED_BY_IRET: Final = 1 << 12
-_RSP: Final = 4
-
-GPR_BIT: Final = tuple(1 << (i if i < _RSP else i + 1) for i in range(len(GPR_NAMES)))
-"""Bit of each register of ``GPR_NAMES`` in the mask of TDG.VP.VMCALL."""
 
 
 def check_tsc_adjust(call: HostCall) -> None:
@@ -78,6 +77,8 @@ async def tdh_vp_enter(call: HostCall) -> int:
     await _join_epoch(call, td, vp)
     await _pass_stepping_filter(call, td, vp)
     await call.locks.release(td.op_state_lock)
+    if tdvps.last_td_exit == LastExit.TDVMCALL:
+        extended_state.take_xmms(vp, tdvps.gprs[1])
     tdvps.gprs = _guest_gprs(tdvps.gprs, tdvps.last_td_exit, regs, hint)
     if tdvps.pend_nmi and not tdvps.ve_info.valid:
         vp.vmcs[vmcs.PROCBASED_CTLS] = vp.vmcs[vmcs.PROCBASED_CTLS] | vmcs.NMI_WINDOW_EXITING
@@ -91,6 +92,11 @@ async def tdh_vp_enter(call: HostCall) -> int:
     lp.host_rbp = regs.rbp
     lp.running = vp.pa
     call.locks.hand_over()
+    try:
+        extended_state.restore(td, vp)
+    except TdExit as end:
+        regs.copy(await leave_async(module, lp, td, vp, end))
+        return regs.rax
     emit("enter", f"{vp} enters", vp=vp.pa)
     return Status.TDX_SUCCESS
 

@@ -13,6 +13,7 @@ from septum.arch.operands import Operand
 from septum.arch.pages import gpa_width
 from septum.arch.pamt import PageType
 from septum.arch.status import Status
+from septum.tdx import extended_state
 from septum.tdx.call import EXCLUSIVE, SHARED, HostCall, LockedPage, add_children, lock_op_state, lock_page, lock_tdr
 from septum.tdx.outcome import Fail, check
 from septum.tdx.registers import Regs
@@ -34,8 +35,6 @@ X2APIC_IDS: Final = "X2APIC_IDS"
 _XCR0_RESET: Final = 1
 _DR6_RESET: Final = 0xFFFF_0FF0
 _FMASK_RESET: Final = 0x2_0200
-_XCOMP_BV: Final = 65
-"""Element of XBUFF: XCOMP_BV in the XSAVE header, whose bit 63 says that the format is compact."""
 _XFAM_LBR: Final = 1 << 15
 
 
@@ -159,7 +158,7 @@ def _reset_state(call: HostCall, td: Td, vp: Vp, rcx: int) -> None:
     tdvps.xcr0 = _XCR0_RESET
     fields["DR6", 0] = _DR6_RESET
     fields["IA32_FMASK", 0] = _FMASK_RESET
-    fields["XBUFF", _XCOMP_BV] = 1 << 63
+    extended_state.reset(vp)
     if td.tdcs.xfam & _XFAM_LBR:
         fields["IA32_LBR_DEPTH", 0] = 8 * (cpu.cpuid(0x1C).eax & 0xFF).bit_length()
 

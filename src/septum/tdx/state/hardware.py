@@ -49,6 +49,8 @@ class HardwareInputs(Shared):
     """RDSEED and RDRAND have nothing to give."""
     pconfig_error: int = PconfigStatus.SUCCESS
     """What PCONFIG answers: a :class:`PconfigStatus`."""
+    xsaves_writes_header: bool = True
+    """XSAVES says in the header what it has saved. The recordings replaced it by nothing."""
     verify_report: int = VerifyReport.SUCCESS
     """What SEAMVERIFYREPORT answers: a :class:`VerifyReport`."""
 
