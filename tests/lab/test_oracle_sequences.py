@@ -98,6 +98,20 @@ def test_a_register_that_is_not_preserved(tmp_path: Path) -> None:
     assert Counter(names(found.calls)) == Counter([*TD, *VCPU, "TDH.VP.FLUSH"])
 
 
+def test_memory_that_the_module_writes(tmp_path: Path) -> None:
+    report = look("memory", tmp_path, examples=200, keep=3)
+    found = first(report)
+    assert len(report.differences) == 1, "it is of one kind, wherever the memory is"
+    assert names(found.calls) == ["TDH.SYS.INFO", "mem"]
+    place = f"memory at {int(found.inputs['rcx'], 16):#x}, bytes from 0x7"
+    (expected,), (actual,) = found.expected.items(), found.actual.items()
+    assert (expected[0], actual[0]) == (place, place)
+    assert int(expected[1][:2], 16) ^ int(actual[1][:2], 16) == 1
+    (path,) = tmp_path.iterdir()
+    again = conform(path)
+    assert (again.events - again.passed, [d.leaf for d in again.differences]) == (1, ["mem"])
+
+
 def test_a_difference_before_anything_can_be_tried(tmp_path: Path) -> None:
     found = first(look("early", tmp_path, examples=5))
     assert names(found.calls) == ["TDH.SYS.INIT", "TDH.SYS.LP.INIT"]

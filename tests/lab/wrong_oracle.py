@@ -59,6 +59,9 @@ class WrongOracle(ModelOracle):
             case "register, then death" if leaf == HostLeaf.TDH_EXPORT_PAUSE:
                 print("cannot go on", file=sys.stderr, flush=True)
                 os._exit(3)
+            case "memory" if leaf == HostLeaf.TDH_SYS_INFO and rax == 0:
+                memory, pa = self.machine.module.memory, int(request["in"]["rcx"], 16)
+                memory.write(pa + 7, bytes([memory.read(pa + 7, 1)[0] ^ 1]))
             case "moody" if leaf == HostLeaf.TDH_SYS_INFO:
                 out["r12"] = hex(os.urandom(1)[0] + 1)
         return out

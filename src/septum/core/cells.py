@@ -111,6 +111,14 @@ class Journal:
         self._log += [(owner, BriefMap, dict(owner)) for owner in self._copied]
         return mark
 
+    def position(self) -> int:
+        """How much was logged so far: what :meth:`written` counts from."""
+        return len(self._log)
+
+    def written(self, owner: Any, position: int) -> list[Any]:
+        """The keys of a map, or fields of a record, that were written since a position, each once."""
+        return list(dict.fromkeys(key for cell, key, _ in self._log[position:] if cell is owner))
+
     def undo(self, mark: int) -> None:
         """Puts every cell back to what it was at ``mark``, which stays a name for that state."""
         log = self._log

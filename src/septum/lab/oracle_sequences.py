@@ -24,6 +24,8 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from septum.arch.errors import UsageError
+from septum.arch.pages import PAGE_4K
+from septum.arch.pamt import PageType
 from septum.arch.platform import Platform
 from septum.lab.conform import POWER_ON, Difference, Progress, answer, inputs_of
 from septum.lab.files import write_whole
@@ -41,7 +43,7 @@ from septum.lab.oracle import (
 )
 from septum.lab.oracle_calls import draw_event
 from septum.lab.playback import Different, Machine
-from septum.lab.vectors import Event, Exit, Input, Seamcall
+from septum.lab.vectors import Event, Exit, Input, MemoryCheck, Seamcall
 
 T = TypeVar("T")
 
@@ -76,8 +78,8 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, event: Event, different: Different) -> Kind:
-        """The kind of one difference."""
-        names = {**different.expected, **different.actual}
+        """The kind of one difference; wherever memory differs, it is of one kind."""
+        names = {name.partition(" at ")[0] for name in {**different.expected, **different.actual}}
         return cls(
             event.name, tuple(sorted(names)), *(s.get("rax", "") for s in (different.expected, different.actual))
         )
@@ -236,14 +238,17 @@ class _Search:
         """
         if self.is_over or is_check(event) or not self._is_possible(event):
             return
+        position = self.near.journal.position()
         answered = self.far.answer(event)
         different = self._play_near(answered)
         if isinstance(answered, Input):
             return
-        if self._target is None:
-            self.report.count(answered.name, answer(answered), different is None)
         if isinstance(answered, Seamcall | Exit) and answered.outcome.state == "module_halted":
             self.is_over = True
+        elif different is None:
+            different = self._memory_differs(position)
+        if self._target is None:
+            self.report.count(answered.name, answer(answered), different is None)
         if different is None:
             return
         kind = Kind.of(answered, different)
@@ -261,6 +266,21 @@ class _Search:
             return different
         except Exception as error:
             return Different({}, {"model": f"fails: {type(error).__name__}: {error}"})
+        return None
+
+    def _memory_differs(self, position: int) -> Different | None:
+        """Compares the host's pages that the model's module has written since a position of the journal."""
+        module, journal = self.near.module, self.near.journal
+        if "mem" in self.far.without:
+            return None
+        for number in journal.written(module.memory.pages, position):
+            pa = number * PAGE_4K
+            if module.pamt_entry(pa).page_type not in (PageType.NDA, PageType.RSVD):
+                continue
+            check = MemoryCheck(0, "mem", pa, PAGE_4K, module.memory.read(pa, PAGE_4K), "")
+            if different := self.far.look(check):
+                return Different(*({f"memory at {pa:#x}, {n}": v for n, v in side.items()} for side in different.args))
+            del self.far.lines[-1]
         return None
 
     def _is_possible(self, event: Event) -> bool:
@@ -300,7 +320,7 @@ class _Search:
     def _save(self, lines: list[Request], different: Different) -> None:
         """Writes a file of vectors with what the oracle answered, and reports it."""
         self._found.clear()
-        event = event_of(lines[-1])
+        event = event_of(next(line for line in reversed(lines) if "out" in line))
         content = [
             self._header,
             {"op": "seq_begin", "id": "difference", "from": POWER_ON, "uses_td_exit": True},
