@@ -77,6 +77,7 @@ async def get_tdx_sys_info(host: Host) -> SysInfo:
         values = [await read("CPUID_CONFIG_VALUES", 2 * i + half) for half in (0, 1)]
         cpuid.append(td_init_cpuid_entry2(leaf, *values))
     return SysInfo(
+        features0=await read("TDX_FEATURES0"),
         tdcs_base_size=await read("TDCS_BASE_SIZE"),
         tdvps_base_size=await read("TDVPS_BASE_SIZE"),
         attributes_fixed0=await read("ATTRIBUTES_FIXED0"),

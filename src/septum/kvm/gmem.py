@@ -1,24 +1,33 @@
 """guest_memfd: files whose pages only a guest can use.
 
-Source: Linux 6.16, ``virt/kvm/guest_memfd.c``. Folios have one page. Looking up a folio and locking it are one action
-here.
+Source: Linux 6.16, ``virt/kvm/guest_memfd.c``. Looking up a folio and locking it are one action here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, ENOMEM, EOPNOTSUPP
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from septum.arch.pages import PAGE_4K
-from septum.core.cells import Shared, SharedMap
+from septum.arch.pages import PAGE_4K, PAGES_4K_IN_2M, align_down, align_up
+from septum.core.cells import SharedMap
 from septum.core.klocks import RwSem
 from septum.core.steps import Step, step
 from septum.kvm.abi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, CreateGuestMemfd
 from septum.kvm.attributes import kvm_mem_is_private
 from septum.kvm.files import File, fput, get_file_active
+from septum.kvm.gmem_folios import (
+    UPTODATE,
+    Gmem,
+    is_in_huge_folio,
+    kvm_gmem_get_folio,
+    mark_uptodate,
+    truncate_inode_pages_range,
+)
 from septum.kvm.memslot import KVM_MEM_GUEST_MEMFD, Memslot, gfn_to_memslot
 from septum.kvm.mmu.invalidate import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end, kvm_mmu_invalidate_range_add
+from septum.kvm.mmu.split import kvm_split_cross_boundary_leafs
+from septum.kvm.mmu.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from septum.kvm.mmu.zap import GfnRange, Roots, kvm_flush_remote_tlbs, kvm_unmap_gfn_range
 from septum.kvm.signals import signal_pending
 from septum.tdx.state.memory import ZERO_PAGE
@@ -27,27 +36,8 @@ if TYPE_CHECKING:
     from septum.kvm.user_memory import UserPtr
     from septum.kvm.vm import Vm
 
-UPTODATE: Final = 1
-"""Bit 0 of a folio's entry: the page is prepared for the guest."""
-_BLOCK_SHIFT: Final = 9
-
 #: ``kvm_gmem_populate_cb``: gfn, page, where its content is; 0 or a negative errno.
 PostPopulate = Callable[[int, int, "UserPtr"], Coroutine[Step, None, int]]
-
-
-class Gmem(Shared):
-    """``struct kvm_gmem`` and the inode behind it.
-
-    ``bindings``: ranges of page indices with the memslots that use them. ``folios``: page by index, with
-    :data:`UPTODATE`; ``present``: for 512 indices each, a bit for every folio.
-    """
-
-    kvm: Vm
-    size: int
-    invalidate_lock: RwSem
-    folios: SharedMap[int, int]
-    present: SharedMap[int, int]
-    bindings: tuple[tuple[int, int, Memslot], ...] = ()
 
 
 def kvm_gmem_create(kvm: Vm, args: CreateGuestMemfd) -> File | int:
@@ -72,42 +62,13 @@ def _gmem_file(kvm: Vm, number: int, size: int) -> File:
         size=size,
         invalidate_lock=RwSem(f"filemap_invalidate_lock[{kvm.number * 10_000 + number}]"),
         folios=SharedMap(f"{name}.folios", 0),
+        huge=SharedMap(f"{name}.huge folios"),
         present=SharedMap(f"{name}.present", 0),
     )
     return File(f"{name}.file", kind="gmem", private_data=gmem, release=kvm_gmem_release)
 
 
-# -- folios ------------------------------------------------------------------------------------------------------------
-
-
-def kvm_gmem_get_folio(gmem: Gmem, index: int) -> int:
-    """``kvm_gmem_get_folio``: the folio's entry, the page allocated if it was not there; 0 for -ENOMEM."""
-    folio = gmem.folios[index]
-    if not folio:
-        folio = gmem.kvm.host.pages.alloc()
-        if folio:
-            gmem.folios[index] = folio
-            block = index >> _BLOCK_SHIFT
-            gmem.present[block] = gmem.present[block] | 1 << (index & 511)
-    return folio
-
-
-def truncate_inode_pages_range(gmem: Gmem, start: int, end: int) -> None:
-    """``truncate_inode_pages_range``: drops folios. A page that still has references, because the module would not
-    give it back, is lost."""
-    pages = gmem.kvm.host.pages
-    for block in range(start >> _BLOCK_SHIFT, (end - 1 >> _BLOCK_SHIFT) + 1):
-        present = gmem.present[block]
-        low, high = max(start - (block << _BLOCK_SHIFT), 0), min(end - (block << _BLOCK_SHIFT), 512)
-        going = present & (1 << high) - (1 << low)
-        gmem.present.store(block, present & ~going)
-        while going:
-            bit = going & -going
-            going ^= bit
-            pa = gmem.folios.pop((block << _BLOCK_SHIFT) + bit.bit_length() - 1) & ~UPTODATE
-            pages.put(pa)
-            if pages.is_allocated(pa):
-                pages.leak(pa, "private page still referenced after its file was truncated")
+# -- pages -------------------------------------------------------------------------------------------------------------
 
 
 def kvm_gmem_get_index(slot: Memslot, gfn: int) -> int:
@@ -115,25 +76,26 @@ def kvm_gmem_get_index(slot: Memslot, gfn: int) -> int:
     return gfn - slot.base_gfn + slot.gmem_pgoff
 
 
-async def kvm_gmem_get_pfn(kvm: Vm, slot: Memslot, gfn: int) -> int:
-    """``kvm_gmem_get_pfn``: the page behind a private gfn, with a reference; or a negative errno."""
+async def kvm_gmem_get_pfn(kvm: Vm, slot: Memslot, gfn: int) -> tuple[int, int]:
+    """``kvm_gmem_get_pfn``: the page behind a private gfn, with a reference, or a negative errno; and the largest level
+    that its folio can be mapped at (``max_order``)."""
     await step("read gmem file of", slot)
     file = get_file_active(slot.gmem_file)
     if file is None:
-        return -EFAULT
+        return -EFAULT, PG_LEVEL_4K
     await step("grab folio", gfn)
     gmem, index = file.private_data, kvm_gmem_get_index(slot, gfn)
     folio = kvm_gmem_get_folio(gmem, index)
     if not folio:
         fput(kvm.host, file)
-        return -ENOMEM
+        return -ENOMEM, PG_LEVEL_4K
     if not folio & UPTODATE:
         kvm.host.module.memory.set_page(folio, ZERO_PAGE)
-        folio |= UPTODATE
-        gmem.folios[index] = folio
+        mark_uptodate(gmem, index)
     kvm.host.pages.get(folio & ~UPTODATE)
+    level = PG_LEVEL_2M if is_in_huge_folio(gmem, index) else PG_LEVEL_4K
     fput(kvm.host, file)
-    return folio & ~UPTODATE
+    return folio & ~UPTODATE, level
 
 
 async def kvm_gmem_populate(kvm: Vm, gfn: int, source: UserPtr, post_populate: PostPopulate) -> int:
@@ -169,7 +131,7 @@ async def _populate(kvm: Vm, gmem: Gmem, slot: Memslot, gfn: int, source: UserPt
     kvm.host.pages.get(folio)
     ret = await post_populate(gfn, folio, source)
     if not ret:
-        gmem.folios[index] = folio | UPTODATE
+        mark_uptodate(gmem, index)
     kvm.host.pages.put(folio)
     return ret
 
@@ -190,12 +152,29 @@ async def kvm_gmem_fallocate(gmem: Gmem, mode: int, offset: int, length: int) ->
 
 
 async def kvm_gmem_punch_hole(gmem: Gmem, start: int, end: int) -> int:
-    """``kvm_gmem_punch_hole``: unmaps page indices from ``start`` up to ``end``, then frees them."""
+    """``kvm_gmem_punch_hole``: unmaps page indices from ``start`` up to ``end``, then frees them. 0, or -ENOMEM when a
+    mapping of 2 MiB that the hole cuts could not be split.
+
+    Faults on the hole are held off meanwhile; with the fix "hole-invalidates-folios" those on the rest of a folio that
+    it cuts are too.
+    """
+    ret, low, high = 0, start, end
+    host = gmem.kvm.host
+    if host.kernel.has("hole-invalidates-folios"):
+        low, high = align_down(start, PAGES_4K_IN_2M), align_up(end, PAGES_4K_IN_2M)
     async with gmem.invalidate_lock.write():
-        await kvm_gmem_invalidate_begin(gmem, start, end)
-        truncate_inode_pages_range(gmem, start, min(end, gmem.size // PAGE_4K))
-        await kvm_gmem_invalidate_end(gmem, start, end)
-    return 0
+        if host.state.enable_tdx_huge_page:
+            await kvm_gmem_invalidate_begin(gmem, low, high, zap=False)
+            ret = await kvm_gmem_split_private(gmem, start, end)
+            if not ret:
+                await kvm_gmem_zap(gmem, start, end)
+        else:
+            await kvm_gmem_invalidate_begin(gmem, low, high)
+        if not ret:
+            await step("truncate", gmem)
+            truncate_inode_pages_range(gmem, start, min(end, gmem.size // PAGE_4K))
+        await kvm_gmem_invalidate_end(gmem, low, high)
+    return ret
 
 
 async def kvm_gmem_allocate(gmem: Gmem, start: int, end: int) -> int:
@@ -212,28 +191,51 @@ async def kvm_gmem_allocate(gmem: Gmem, start: int, end: int) -> int:
     return 0
 
 
-def _bound(gmem: Gmem, start: int, end: int) -> list[tuple[int, int, Memslot]]:
-    """The parts of a range that memslots use."""
+def _bound(gmem: Gmem, start: int, end: int) -> list[GfnRange]:
+    """The parts of a range that memslots use, as private page frames."""
     return [
-        (max(start, low), min(end, high), slot) for low, high, slot in gmem.bindings if max(start, low) < min(end, high)
+        GfnRange(slot, first, first + min(end, high) - max(start, low), Roots.MIRROR)
+        for low, high, slot in gmem.bindings
+        if max(start, low) < min(end, high)
+        for first in (slot.base_gfn + max(start, low) - slot.gmem_pgoff,)
     ]
 
 
-async def kvm_gmem_invalidate_begin(gmem: Gmem, start: int, end: int) -> None:
-    """``kvm_gmem_invalidate_begin``: unmaps, and keeps faults away until the end."""
+async def kvm_gmem_invalidate_begin(gmem: Gmem, start: int, end: int, *, zap: bool = True) -> None:
+    """``kvm_gmem_invalidate_begin``: keeps faults away until the end, and unmaps. (The base of huge pages v3 unmaps
+    later, without ``zap`` here.)"""
     kvm, parts = gmem.kvm, _bound(gmem, start, end)
     if not parts:
         return
     async with kvm.mmu_lock.write():
         kvm_mmu_invalidate_begin(kvm)
-        flush = False
-        for low, high, slot in parts:
-            first = slot.base_gfn + low - slot.gmem_pgoff
-            gfns = GfnRange(first, first + high - low, Roots.MIRROR)
+        for gfns in parts:
             kvm_mmu_invalidate_range_add(kvm, gfns.start, gfns.end)
-            flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
-        if flush:
-            await kvm_flush_remote_tlbs(kvm)
+        if zap:
+            await _unmap(kvm, parts)
+
+
+async def kvm_gmem_split_private(gmem: Gmem, start: int, end: int) -> int:
+    """``kvm_gmem_split_private`` (huge pages v3): mappings that a range cuts become smaller. 0 or -ENOMEM."""
+    kvm, ret = gmem.kvm, 0
+    async with kvm.mmu_lock.write():
+        for gfns in _bound(gmem, start, end):
+            ret = ret or await kvm_split_cross_boundary_leafs(kvm, gfns, shared=False)
+    return ret
+
+
+async def kvm_gmem_zap(gmem: Gmem, start: int, end: int) -> None:
+    """``kvm_gmem_zap`` (base of huge pages v3)."""
+    async with gmem.kvm.mmu_lock.write():
+        await _unmap(gmem.kvm, _bound(gmem, start, end))
+
+
+async def _unmap(kvm: Vm, parts: list[GfnRange]) -> None:
+    flush = False
+    for gfns in parts:
+        flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
+    if flush:
+        await kvm_flush_remote_tlbs(kvm)
 
 
 async def kvm_gmem_invalidate_end(gmem: Gmem, start: int, end: int) -> None:

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 MODULE_FEATURES: Final = frozenset({"vp_init_v1"})
 """What Linux 6.16 needs of a module beyond 1.5.01."""
+HUGE_PAGE_FEATURES: Final = MODULE_FEATURES | {"enhanced_demote"}
+"""What it needs to map private memory 2 MiB at a time."""
 
 
 class Global(Shared):
@@ -42,6 +44,8 @@ class Global(Shared):
     keyids: int = 0
     nr_configured_hkid: int = 0
     num_vms: int = 0
+    enable_tdx_huge_page: bool = False
+    """The module parameter ``tdx_huge_page``, as it is once the TDX Module was asked what it can do."""
 
 
 class Host(Fixed):
@@ -57,7 +61,8 @@ class Host(Fixed):
     ) -> None:
         self.platform = platform
         self.kernel = kernel or Kernel()
-        self.module = module or Module(platform, features=MODULE_FEATURES)
+        features = HUGE_PAGE_FEATURES if self.kernel.has("huge-pages") else MODULE_FEATURES
+        self.module = module or Module(platform, features=features)
         self.log = KernelLog()
         self.pages = HostPages(self.module)
         self.seamcalls = Seamcalls(self.module, injections)
@@ -87,7 +92,9 @@ class Host(Fixed):
         task = Task("boot", cpu=0)
 
         async def main() -> None:
-            self.sysinfo = await bringup.tdx_bringup(self)
+            self.sysinfo = info = await bringup.tdx_bringup(self)
+            can_split = info.supports_demote_nointerrupt() or self.kernel.has("demote-loops")
+            self.state.enable_tdx_huge_page = self.kernel.has("huge-pages") and can_split
 
         run_solo([Program(task, main), *self.interrupt_contexts()])
 

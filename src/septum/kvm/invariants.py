@@ -13,8 +13,17 @@ from septum.arch import sept
 from septum.arch.pages import PAGE_MASK
 from septum.core.cells import Tracking
 from septum.core.steps import require
-from septum.kvm.mmu.spte import PG_LEVEL_4K, is_frozen_spte, is_shadow_present_pte, read_spte, spte_to_pa
+from septum.kvm.mmu.spte import (
+    PG_LEVEL_4K,
+    is_frozen_spte,
+    is_last_spte,
+    is_shadow_present_pte,
+    pages_per_hpage,
+    read_spte,
+    spte_to_pa,
+)
 from septum.kvm.mmu.walk import Found, present_sptes
+from septum.kvm.tdx.sept import pg_level_to_tdx_sept_level
 from septum.tdx.secure_ept import walk_sept
 
 if TYPE_CHECKING:
@@ -50,13 +59,14 @@ def _compare(kvm: Vm) -> None:
     td = module.td(kvm.tdr_page)
     premapped = 0
     for found in _mirror_leaves(kvm):
-        entry = walk_sept(module, td, found.gfn << 12, 0)
+        level = pg_level_to_tdx_sept_level(found.level)
+        entry = walk_sept(module, td, found.gfn << 12, level)
         require(not is_frozen_spte(read_spte(kvm, found.sptep, True)), "no SPTE stays frozen", f"gfn {found.gfn:#x}")
-        if entry.level or sept.is_free(entry.value):
+        if entry.level != level or sept.is_free(entry.value):
             premapped += 1
             continue
         require(
-            entry.value & PAGE_MASK == spte_to_pa(found.spte),
+            entry.page == spte_to_pa(found.spte) and not sept.is_any_blocked(entry.value),
             "mirror and Secure EPT agree",
             f"gfn {found.gfn:#x}: SPTE {found.spte:#x}, Secure EPT entry {entry.value:#x}",
         )
@@ -77,5 +87,5 @@ def _mirror_leaves(kvm: Vm) -> Iterator[Found]:
         return
     for sptep, spte in dict.items(kvm.mirror_sptes):
         sp = kvm.sps[sptep & PAGE_MASK]
-        if sp.level == PG_LEVEL_4K and is_shadow_present_pte(spte):
-            yield Found(sp.gfn + (sptep >> 3 & 511), sp.level, sptep, spte)
+        if is_shadow_present_pte(spte) and is_last_spte(spte, sp.level):
+            yield Found(sp.gfn + (sptep >> 3 & 511) * pages_per_hpage(sp.level), sp.level, sptep, spte)

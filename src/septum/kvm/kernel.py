@@ -67,6 +67,36 @@ FIXES: Final[Mapping[str, Fix]] = {
             "a vCPU that is freed leaves its CPU's list first, also when its creation failed",
         ),
         Fix("vp-init-excludes-zaps", "9a89894f30d5", "v6.19", "TDH.VP.INIT runs with mmu_lock held for write"),
+        Fix(
+            "no-page-pinning",
+            "20251030200951.3402865-1-seanjc@google.com",
+            "v6.19",
+            "private pages that the module has get no reference: guest_memfd alone says how long they live",
+        ),
+        Fix(
+            "huge-pages",
+            "20260106101646.24809-1-yan.y.zhao@intel.com",
+            "not merged",
+            "private memory of a running TD is mapped 2 MiB at a time (tdx_huge_page=Y), split with mmu_lock for write",
+        ),
+        Fix(
+            "demote-loops",
+            "intel-staging/tdx 4feb6bf371f3",
+            "not merged",
+            "TDH.MEM.PAGE.DEMOTE is made again while it is interrupted, so that modules that allow that get huge pages",
+        ),
+        Fix(
+            "failed-conversion-ends",
+            "found with Septum",
+            "not posted",
+            "KVM_SET_MEMORY_ATTRIBUTES that fails in splitting ends the invalidation that it began",
+        ),
+        Fix(
+            "hole-invalidates-folios",
+            "found with Septum",
+            "not posted",
+            "punching a hole holds off faults on all of a 2 MiB folio that it cuts, not only on the hole",
+        ),
     )
 }
 
@@ -80,6 +110,11 @@ SITES: Final[Mapping[str, Site]] = {
             "TDH.MEM.RANGE.BLOCK, TDH.MEM.TRACK and TDH.MEM.PAGE.REMOVE, mmu_lock held for write",
         ),
         Site("fault", ("retry-locally", "re-enter"), "a private EPT violation that could not be resolved"),
+        Site(
+            "accept",
+            ("split-exclusively", "split-shared", "ignore"),
+            "a guest that accepts 4 KiB where 2 MiB are mapped: the mode of mmu_lock for the split, or no split",
+        ),
     )
 }
 
@@ -116,6 +151,10 @@ class Kernel:
     def has(self, fix: str) -> bool:
         """Whether this kernel has the fix."""
         return self.fixes is not None and fix in self.fixes
+
+    def policy(self, site: str) -> str:
+        """The policy at a call site: the site's first, where neither preset nor user says otherwise."""
+        return self.policies.get(site, SITES[site].policies[0])
 
     def with_(self, *fixes: str) -> Kernel:
         """This kernel with more fixes.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from septum.core.cells import Shared
+from septum.core.cells import Shared, SharedMap
 from septum.kvm.abi import KVM_MEM_GUEST_MEMFD
 
 if TYPE_CHECKING:
@@ -19,13 +19,15 @@ KVM_MEMSLOT_INVALID: Final = 1 << 16
 
 class Memslot(Shared):
     """``struct kvm_memory_slot``: page frames from ``base_gfn``, shared at ``userspace_addr``, private in ``gmem_file``
-    from page ``gmem_pgoff``."""
+    from page ``gmem_pgoff``. ``lpage_info``: what forbids a large page, by level and number
+    (:mod:`septum.kvm.mmu.lpage_info`)."""
 
     id: int
     base_gfn: int
     npages: int
     flags: int
     userspace_addr: int
+    lpage_info: SharedMap[tuple[int, int], int]
     gmem_file: File | None = None
     gmem_pgoff: int = 0
 

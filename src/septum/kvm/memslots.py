@@ -13,6 +13,7 @@ from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING, Final
 
 from septum.arch.pages import PAGE_4K
+from septum.core.cells import SharedMap
 from septum.core.steps import emit, step
 from septum.kvm.abi import (
     KVM_MEM_GUEST_MEMFD,
@@ -20,6 +21,7 @@ from septum.kvm.abi import (
     KVM_USER_MEM_SLOTS,
     UserspaceMemoryRegion2,
 )
+from septum.kvm.attributes import kvm_mmu_init_memslot_memory_attributes
 from septum.kvm.gmem import kvm_gmem_bind, kvm_gmem_unbind
 from septum.kvm.memslot import KVM_MEMSLOT_INVALID, Memslot
 from septum.kvm.mmu.zap import kvm_mmu_zap_memslot
@@ -106,15 +108,17 @@ def _allocate(kvm: Vm, slot_id: int, base_gfn: int, npages: int, flags: int, use
     number = kvm.slot_allocations
     kvm.slot_allocations += 1
     key = ("memslot", kvm.number, number, slot_id, base_gfn, npages, flags, userspace_addr)
+    name = f"VM{kvm.number}.slot{slot_id}" + (".invalid" if flags & KVM_MEMSLOT_INVALID else "")
     return kvm.host.once(
         key,
         lambda: Memslot(
-            f"VM{kvm.number}.slot{slot_id}" + (".invalid" if flags & KVM_MEMSLOT_INVALID else ""),
+            name,
             id=slot_id,
             base_gfn=base_gfn,
             npages=npages,
             flags=flags,
             userspace_addr=userspace_addr,
+            lpage_info=SharedMap(f"{name}.lpage_info", 0),
         ),
     )
 
@@ -148,7 +152,10 @@ def kvm_arch_prepare_memory_region(kvm: Vm, new: Memslot | None) -> int:
     if new is None:
         return 0
     last = new.base_gfn + new.npages - 1
-    return -EINVAL if last > KVM_MMU_MAX_GFN or last & kvm.gfn_direct_bits else 0
+    if last > KVM_MMU_MAX_GFN or last & kvm.gfn_direct_bits:
+        return -EINVAL
+    kvm_mmu_init_memslot_memory_attributes(kvm, new)
+    return 0
 
 
 async def kvm_swap_active_memslots(kvm: Vm, old: Memslot | None, new: Memslot | None) -> None:

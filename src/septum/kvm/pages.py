@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from septum.arch.pages import PAGE_2M, PAGE_4K, PAGES_4K_IN_2M, align_down, align_up
+from septum.arch.pages import PAGE_1G, PAGE_2M, PAGE_4K, PAGES_4K_IN_2M, Level, align_down, align_up
 from septum.arch.pamt import PageType
 from septum.core.cells import Fixed, Shared, SharedMap
 from septum.core.steps import emit, require
@@ -26,10 +26,11 @@ OWNED_BY_NOBODY: Final = (PageType.NDA, PageType.RSVD)
 
 
 class PageCounters(Shared):
-    """Pages that are free, and the first 2 MiB block that may have one."""
+    """Pages that are free, and the first 2 MiB block that may have one. No block above ``top`` is free as a whole."""
 
     free: int
     hint: int = 0
+    top: int = 0
 
 
 class HostPages(Fixed):
@@ -52,7 +53,7 @@ class HostPages(Fixed):
                     self._first_blocks.append(blocks)
                     blocks += (end - start) // PAGE_2M
         self.total = blocks * PAGES_4K_IN_2M
-        self._counters = PageCounters("host pages", free=self.total)
+        self._counters = PageCounters("host pages", free=self.total, top=blocks - 1)
         self._used: SharedMap[int, int] = SharedMap("pages in use", 0)
         self._second: SharedMap[int, int] = SharedMap("pages with a second reference", 0)
         self._more: SharedMap[int, int] = SharedMap("pages with more references", 0)
@@ -88,12 +89,35 @@ class HostPages(Fixed):
         counters.hint = block
         counters.free -= 1
         self.peak = max(self.peak, self.in_use)
-        part = bisect_right(self._first_blocks, block) - 1
-        base = self._starts[part] + PAGE_2M * (block - self._first_blocks[part])
-        return base + PAGE_4K * (lowest.bit_length() - 1)
+        return self._address(block) + PAGE_4K * (lowest.bit_length() - 1)
+
+    def alloc_huge(self) -> int:
+        """``alloc_pages`` of 2 MiB: the address of the highest free block; 0 when there is none.
+
+        Its 512 pages have a reference each, and are freed one by one.
+        """
+        counters = self._counters
+        block = counters.top
+        while block >= 0 and self._used[block]:
+            block -= 1
+        if block < 0:
+            return 0
+        counters.top = block - 1
+        self._used[block] = _FULL
+        counters.free -= PAGES_4K_IN_2M
+        self.peak = max(self.peak, self.in_use)
+        return self._address(block)
+
+    def require_allocated(self, pa: int) -> None:
+        """:raises Violation: when the page is free."""
+        require(self.is_allocated(pa), "no page is used after it is freed", f"page {pa:#x} is used, but it is free")
 
     def get(self, pa: int) -> None:
-        """``get_page``: one more reference."""
+        """``get_page``: one more reference.
+
+        :raises Violation: when the page is free.
+        """
+        self.require_allocated(pa)
         block, bit = self._place(pa)
         second = self._second[block]
         if second & bit:
@@ -121,15 +145,17 @@ class HostPages(Fixed):
         used = self._used[block]
         require(bool(used & bit), "no page is freed twice", f"page {pa:#x} is freed, but it is free")
         require(not self._second[block] & bit, "balanced references", f"page {pa:#x} is freed, but has references")
-        kind = self._module.pamt_entry(pa).page_type
-        require(
-            kind in OWNED_BY_NOBODY,
-            "no page is freed that the module owns",
-            f"page {pa:#x} is freed, but the module uses it as {PageType(kind).name}",
-        )
+        for key in (pa, pa & -PAGE_2M | Level.PD, pa & -PAGE_1G | Level.PDPT):
+            kind = self._module.pamt_entry(key).page_type
+            require(
+                kind in OWNED_BY_NOBODY,
+                "no page is freed that the module owns",
+                f"page {pa:#x} is freed, but the module uses it as {PageType(kind).name}",
+            )
         self._used.store(block, used & ~bit)
         self._counters.free += 1
         self._counters.hint = min(self._counters.hint, block)
+        self._counters.top = max(self._counters.top, block)
         self._module.memory.set_page(pa, ZERO_PAGE)
         self.leaks.pop(pa, None)
 
@@ -141,6 +167,11 @@ class HostPages(Fixed):
     def leaks_by_reason(self) -> Counter[str]:
         """How many pages were leaked, and why."""
         return Counter(self.leaks.values())
+
+    def _address(self, block: int) -> int:
+        """Where a block of 2 MiB begins."""
+        part = bisect_right(self._first_blocks, block) - 1
+        return self._starts[part] + PAGE_2M * (block - self._first_blocks[part])
 
     def _place(self, pa: int) -> tuple[int, int]:
         """The block of 2 MiB that holds a page, and the page's bit in it."""

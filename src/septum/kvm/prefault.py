@@ -14,6 +14,7 @@ from septum.kvm.attributes import kvm_mem_is_private
 from septum.kvm.lifetime import vcpu_load
 from septum.kvm.mmu.fault import PFERR_PRIVATE_ACCESS, kvm_tdp_map_page
 from septum.kvm.mmu.roots import kvm_mmu_reload
+from septum.kvm.mmu.spte import pages_per_hpage
 from septum.kvm.run import kvm_vcpu_srcu_read_lock, kvm_vcpu_srcu_read_unlock
 from septum.kvm.signals import signal_pending
 
@@ -32,19 +33,20 @@ async def kvm_vcpu_pre_fault_memory(vcpu: Vcpu, region: Region) -> int:
             if signal_pending(vcpu.kvm.host):
                 r = -EINTR
                 break
-            r = await kvm_arch_vcpu_pre_fault_memory(vcpu, region.gpa)
+            r = await kvm_arch_vcpu_pre_fault_memory(vcpu, region)
             if r < 0:
                 break
-            done += 1
-            region.gpa += PAGE_4K
-            region.nr_pages -= 1
+            done += r
+            region.gpa += r * PAGE_4K
+            region.nr_pages -= r
         kvm_vcpu_srcu_read_unlock(vcpu)
     return 0 if done else r
 
 
-async def kvm_arch_vcpu_pre_fault_memory(vcpu: Vcpu, gpa: int) -> int:
-    """``kvm_arch_vcpu_pre_fault_memory``: one page, as its attribute says. 0 or a negative errno."""
-    kvm = vcpu.kvm
+async def kvm_arch_vcpu_pre_fault_memory(vcpu: Vcpu, region: Region) -> int:
+    """``kvm_arch_vcpu_pre_fault_memory``: one mapping, as the attribute says. How many of the region's pages are mapped
+    now, or a negative errno."""
+    kvm, gpa = vcpu.kvm, region.gpa
     if not kvm.pre_fault_allowed:
         return -EOPNOTSUPP
     if gpa & kvm.shared_gpa_bit:
@@ -52,5 +54,10 @@ async def kvm_arch_vcpu_pre_fault_memory(vcpu: Vcpu, gpa: int) -> int:
     if r := await kvm_mmu_reload(vcpu):
         return r
     if kvm_mem_is_private(kvm, gpa >> 12):
-        return await kvm_tdp_map_page(vcpu, gpa, PFERR_PRIVATE_ACCESS)
-    return await kvm_tdp_map_page(vcpu, gpa | kvm.shared_gpa_bit, 0)
+        level = await kvm_tdp_map_page(vcpu, gpa, PFERR_PRIVATE_ACCESS)
+    else:
+        level = await kvm_tdp_map_page(vcpu, gpa | kvm.shared_gpa_bit, 0)
+    if level < 0:
+        return level
+    pages = pages_per_hpage(level)
+    return min(region.nr_pages, pages - (gpa >> 12) % pages)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from septum.arch import status
 from septum.arch.exits import ExitReason, exit_reason_name
 from septum.arch.leaves import HostLeaf
+from septum.arch.pages import NULL_PA
 from septum.arch.status import Status
 from septum.core.cells import Fixed, SharedMap
 from septum.core.steps import Violation, ctx, current_task, emit, step
@@ -35,8 +36,10 @@ _ADDRESSED_BY_GPA: Final = frozenset(
     {
         HostLeaf.TDH_MEM_PAGE_ADD,
         HostLeaf.TDH_MEM_PAGE_AUG,
+        HostLeaf.TDH_MEM_PAGE_DEMOTE,
         HostLeaf.TDH_MEM_PAGE_REMOVE,
         HostLeaf.TDH_MEM_RANGE_BLOCK,
+        HostLeaf.TDH_MEM_RANGE_UNBLOCK,
         HostLeaf.TDH_MEM_SEPT_ADD,
         HostLeaf.TDH_MR_EXTEND,
     }
@@ -45,8 +48,10 @@ _OUTPUTS_OVERWRITE_INPUTS: Final = frozenset(
     {
         HostLeaf.TDH_MEM_PAGE_ADD,
         HostLeaf.TDH_MEM_PAGE_AUG,
+        HostLeaf.TDH_MEM_PAGE_DEMOTE,
         HostLeaf.TDH_MEM_PAGE_REMOVE,
         HostLeaf.TDH_MEM_RANGE_BLOCK,
+        HostLeaf.TDH_MEM_RANGE_UNBLOCK,
         HostLeaf.TDH_MEM_SEPT_ADD,
         HostLeaf.TDH_MNG_INIT,
         HostLeaf.TDH_MNG_RD,
@@ -255,6 +260,16 @@ class Seamcalls(Fixed):
     async def tdh_mem_range_block(self, tdr: int, gpa: int, level: int) -> Regs:
         """Blocks a range against new translations."""
         return await self(HostLeaf.TDH_MEM_RANGE_BLOCK, Regs(HostLeaf.TDH_MEM_RANGE_BLOCK, gpa | level, tdr))
+
+    async def tdh_mem_range_unblock(self, tdr: int, gpa: int, level: int) -> Regs:
+        """Takes that back."""
+        return await self(HostLeaf.TDH_MEM_RANGE_UNBLOCK, Regs(HostLeaf.TDH_MEM_RANGE_UNBLOCK, gpa | level, tdr))
+
+    async def tdh_mem_page_demote(self, tdr: int, gpa: int, level: int, page: int) -> Regs:
+        """Splits a blocked mapping; ``page`` becomes the new table. RCX and RDX: the entry met, on failure."""
+        regs = Regs(HostLeaf.TDH_MEM_PAGE_DEMOTE, gpa | level, tdr, page)
+        regs.r9 = regs.r10 = regs.r11 = NULL_PA
+        return await self(HostLeaf.TDH_MEM_PAGE_DEMOTE, regs)
 
     async def tdh_mem_track(self, tdr: int) -> Regs:
         """Begins a new TLB epoch."""

@@ -20,12 +20,15 @@ GUEST_PHYS_BITS: Final = 0xFF << 16
 """CPUID 0x80000008, EAX[23:16]: KVM's way to let userspace choose the width of guest physical addresses."""
 TDX_FEATURE_TSX: Final = 1 << 4 | 1 << 11
 WAITPKG: Final = 1 << 5
+ENHANCED_DEMOTE_INTERRUPTIBILITY: Final = 1 << 51
+"""In TDX_FEATURES0: TDH.MEM.PAGE.DEMOTE never returns TDX_INTERRUPTED_RESTARTABLE, unless there are L2 VMs."""
 
 
 @dataclass(frozen=True, slots=True)
 class SysInfo:
     """The fields that KVM uses (``struct tdx_sys_info_td_ctrl`` and ``_td_conf``)."""
 
+    features0: int
     tdcs_base_size: int
     tdvps_base_size: int
     attributes_fixed0: int
@@ -34,6 +37,10 @@ class SysInfo:
     xfam_fixed1: int
     cpuid_config: tuple[CpuidEntry2, ...]
     """What userspace may configure, as KVM shows it (``td_init_cpuid_entry2``)."""
+
+    def supports_demote_nointerrupt(self) -> bool:
+        """``tdx_supports_demote_nointerrupt`` (huge pages v3)."""
+        return bool(self.features0 & ENHANCED_DEMOTE_INTERRUPTIBILITY)
 
     @property
     def tdcs_nr_pages(self) -> int:

@@ -31,6 +31,7 @@ from septum.kvm.process import Process
 from septum.kvm.run_struct import HypercallExit, IoExit
 from septum.lab.kernels import DEFAULT, read_kernel
 from septum.lab.scenario import Built, Parameter
+from septum.tdx.module import Module
 
 if TYPE_CHECKING:
     from septum.kvm.run_struct import KvmRun
@@ -110,8 +111,13 @@ class TdHost(Fixed):
     ``initialised`` of them are past KVM_TDX_INIT_VCPU. ``vm``, ``vcpus`` and ``gmem`` are file descriptors.
     """
 
-    def __init__(self, kernel: Kernel | str, vcpus: int, *, initialised: int) -> None:
-        self.host = Host(profile("small"), read_kernel(kernel) if isinstance(kernel, str) else kernel)
+    def __init__(
+        self, kernel: Kernel | str, vcpus: int, *, initialised: int, features: frozenset[str] | None = None
+    ) -> None:
+        """:param features: what the module can do beyond 1.5.01; None: what the kernel needs."""
+        platform = profile("small")
+        module = None if features is None else Module(platform, features=features)
+        self.host = Host(platform, read_kernel(kernel) if isinstance(kernel, str) else kernel, module=module)
         self.host.boot()
         self.pages_before = self.host.pages.in_use
         self.vmm = Process(self.host)
@@ -156,12 +162,12 @@ class TdHost(Fixed):
         """What a system call made on ``cpu`` returns, while nothing else happens."""
         return run_solo([Program(Task("setup", cpu=cpu), call), *self.host.interrupt_contexts()])[0]
 
-    def make(self, call: Call, cpu: int = 0) -> None:
-        """Makes a system call on ``cpu``, alone, which must return 0.
+    def make(self, call: Call, cpu: int = 0, *, fails: int = 0) -> None:
+        """Makes a system call on ``cpu``, alone, which must return 0, or the errno that it ``fails`` with.
 
         :raises RuntimeError: when it does not: the scenario is wrong.
         """
-        if result := self._alone(cpu, call):
+        if (result := self._alone(cpu, call)) != fails:
             raise RuntimeError(f"the scenario cannot begin: a system call before it returned {result}")
 
     # -- system calls of the build -----------------------------------------------------------------------------------
@@ -209,6 +215,14 @@ class TdHost(Fixed):
         """``fallocate(FALLOC_FL_PUNCH_HOLE)`` of the pages behind ``gpa``."""
         mode = abi.FALLOC_FL_PUNCH_HOLE | abi.FALLOC_FL_KEEP_SIZE
         return lambda: self.vmm.fallocate(self.gmem, mode, gpa, pages * PAGE_4K)
+
+    def allocate(self, gpa: int, pages: int = 1) -> Call:
+        """``fallocate`` of the pages behind ``gpa``."""
+        return lambda: self.vmm.fallocate(self.gmem, abi.FALLOC_FL_KEEP_SIZE, gpa, pages * PAGE_4K)
+
+    def set_shared(self, gpa: int, pages: int = 1) -> Call:
+        """KVM_SET_MEMORY_ATTRIBUTES of pages to shared."""
+        return lambda: self.vmm.set_memory_attributes(self.vm, gpa, pages * PAGE_4K, 0)
 
     def convert(self, gpa: int, pages: int = 1, *, private: bool) -> Call:
         """KVM_SET_MEMORY_ATTRIBUTES, and what the pages were before is given back, as QEMU does it."""

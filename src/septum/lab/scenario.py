@@ -151,6 +151,7 @@ _MODULES: Final = (
     "septum.lab.scenarios.kvm_faults",
     "septum.lab.scenarios.kvm_memory",
     "septum.lab.scenarios.kvm_lifetime",
+    "septum.lab.scenarios.kvm_hugepages",
 )
 
 

@@ -43,8 +43,10 @@ class Module(Fixed):
     """
 
     def __init__(self, platform: Platform, cpu: CpuModel | None = None, features: frozenset[str] = frozenset()) -> None:
-        """``features`` are what newer modules have and 1.5.01 has not: ``vp_init_v1`` (TDH.VP.INIT version 1)."""
+        """``features`` are what newer modules have and 1.5.01 has not: ``vp_init_v1`` (TDH.VP.INIT version 1),
+        ``enhanced_demote`` (TDH.MEM.PAGE.DEMOTE of a TD without L2 VMs is never interrupted; since 1.5.28.00.972)."""
         self.platform = platform
+        self.features = features
         self.versioned = leaves.TWO_VERSIONS | ({HostLeaf.TDH_VP_INIT} if "vp_init_v1" in features else frozenset())
         self.pa_format = platform.pa_format
         self.reserved_in_private_pa = (1 << 64) - 1 & ~PA_MASK | self.pa_format.hkid_mask

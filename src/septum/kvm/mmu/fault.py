@@ -15,6 +15,11 @@ from septum.kvm.attributes import kvm_mem_is_private
 from septum.kvm.gmem import kvm_gmem_get_pfn
 from septum.kvm.memslot import KVM_MEMSLOT_INVALID, Memslot, gfn_to_memslot
 from septum.kvm.mmu.invalidate import mmu_invalidate_retry_gfn
+from septum.kvm.mmu.lpage_info import (
+    disallowed_hugepage_adjust,
+    kvm_mmu_hugepage_adjust,
+    tdx_gmem_max_mapping_level,
+)
 from septum.kvm.mmu.mirror import tdp_mmu_set_spte_atomic
 from septum.kvm.mmu.roots import mmu_topup_memory_caches, tdp_mmu_alloc_sp, tdp_mmu_free_sp
 from septum.kvm.mmu.spte import (
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from septum.kvm.vcpu import Vcpu
     from septum.kvm.vm import Vm
 
+SPLIT_IN_FAULT: Final = "a fault would split a large mapping under shared mmu_lock"
 PFERR_WRITE: Final = 1 << 1
 PFERR_FETCH: Final = 1 << 4
 PFERR_PRIVATE_ACCESS: Final = 1 << 49
@@ -54,9 +60,10 @@ class RetPf(IntEnum):
 
 
 class PageFault:
-    """``struct kvm_page_fault``: one attempt. ``page`` is what is to be mapped, with a reference (0: MMIO)."""
+    """``struct kvm_page_fault``: one attempt. ``page`` is what is to be mapped, with a reference (0: MMIO); not more
+    than ``max_level`` around it is contiguous, and ``goal_level`` is to be mapped."""
 
-    __slots__ = ("error_code", "gfn", "is_private", "mmu_seq", "page", "prefetch", "slot")
+    __slots__ = ("error_code", "gfn", "goal_level", "is_private", "max_level", "mmu_seq", "page", "prefetch", "slot")
 
     def __init__(self, gfn: int, error_code: int, slot: Memslot | None, *, prefetch: bool) -> None:
         self.gfn = gfn
@@ -66,29 +73,38 @@ class PageFault:
         self.slot = slot
         self.mmu_seq = 0
         self.page = 0
+        self.max_level = self.goal_level = PG_LEVEL_4K
 
 
 async def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     """``kvm_mmu_page_fault``: one fault of the guest. A :class:`RetPf`, or a negative errno."""
-    r = await kvm_mmu_do_page_fault(vcpu, gpa, error_code, prefetch=False)
+    r, _ = await kvm_mmu_do_page_fault(vcpu, gpa, error_code, prefetch=False)
     if await kvm_bug_on(r == RetPf.INVALID, vcpu.kvm, "a page fault without an answer"):
         return -EIO
     return r
 
 
-async def kvm_mmu_do_page_fault(vcpu: Vcpu, gpa: int, error_code: int, *, prefetch: bool) -> int:
-    """``kvm_mmu_do_page_fault`` and ``kvm_tdp_mmu_page_fault``. The memslot is looked up once and used throughout."""
+async def kvm_mmu_do_page_fault(vcpu: Vcpu, gpa: int, error_code: int, *, prefetch: bool) -> tuple[int, int]:
+    """``kvm_mmu_do_page_fault`` and ``kvm_tdp_mmu_page_fault``: what it came to, and the level that was gone for.
+
+    The memslot is looked up once and used throughout.
+    """
     kvm = vcpu.kvm
     await step("read", "memslots")
     gfn = gpa >> 12 & ~kvm.gfn_direct_bits
     fault = PageFault(gfn, error_code, gfn_to_memslot(kvm.memslots, gfn), prefetch=prefetch)
-    if r := mmu_topup_memory_caches(vcpu):
-        return r
+    r = mmu_topup_memory_caches(vcpu) or await kvm_tdp_mmu_page_fault(vcpu, fault)
+    return r, fault.goal_level
+
+
+async def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> int:
+    """``kvm_tdp_mmu_page_fault``."""
+    kvm = vcpu.kvm
     r = await kvm_mmu_faultin_pfn(vcpu, fault)
     if r != RetPf.CONTINUE:
         return r
     async with kvm.mmu_lock.read():
-        if fault.slot and mmu_invalidate_retry_gfn(kvm, fault.mmu_seq, gfn):
+        if fault.slot and mmu_invalidate_retry_gfn(kvm, fault.mmu_seq, fault.gfn):
             r = RetPf.RETRY
         else:
             r = await kvm_tdp_mmu_map(vcpu, fault)
@@ -155,24 +171,35 @@ async def kvm_mmu_faultin_pfn_private(kvm: Vm, fault: PageFault) -> int:
     assert fault.slot is not None
     if not fault.slot.flags & KVM_MEM_GUEST_MEMFD:
         return -EFAULT
-    return await kvm_gmem_get_pfn(kvm, fault.slot, fault.gfn)
+    page, fault.max_level = await kvm_gmem_get_pfn(kvm, fault.slot, fault.gfn)
+    if fault.max_level > PG_LEVEL_4K:
+        await step("read", "TD state")
+        fault.max_level = min(fault.max_level, tdx_gmem_max_mapping_level(kvm))
+    return page
 
 
 async def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> int:
-    """``kvm_tdp_mmu_map``: links tables down to 4 KiB and maps the page, with ``mmu_lock`` held for read.
+    """``kvm_tdp_mmu_map``: links tables down to the goal and maps the page, with ``mmu_lock`` held for read.
 
-    RETRY whenever somebody else was faster, or the module busy.
+    RETRY whenever somebody else was faster, or the module busy. A leaf above the goal would be split here, but for
+    private memory that takes ``mmu_lock`` held for write (huge pages v3); those who want less than a leaf maps have
+    split it before.
     """
     kvm, mirror = vcpu.kvm, fault.is_private
     root = vcpu.mirror_root if mirror else vcpu.direct_root
     emit("fault", f"kvm_mmu_spte_requested gfn {fault.gfn:#x}")
+    kvm_mmu_hugepage_adjust(fault)
     async with rcu_read_lock():
         while True:
-            found = walk_to(kvm, root, mirror, fault.gfn, PG_LEVEL_4K)
+            found = walk_to(kvm, root, mirror, fault.gfn, fault.goal_level)
+            if mirror and disallowed_hugepage_adjust(fault, found):
+                continue
             if is_frozen_spte(found.spte):
                 return RetPf.RETRY
-            if found.level == PG_LEVEL_4K:
+            if found.level == fault.goal_level:
                 return await tdp_mmu_map_handle_target_level(vcpu, fault, found)
+            if kvm.host.log.warn_on(is_shadow_present_pte(found.spte), SPLIT_IN_FAULT):
+                return RetPf.RETRY
             spt = tdp_mmu_alloc_sp(kvm, found.gfn, found.level - 1, mirror=mirror, external=mirror)
             if await tdp_mmu_set_spte_atomic(kvm, found, make_nonleaf_spte(spt), mirror):
                 tdp_mmu_free_sp(kvm, spt)
@@ -183,7 +210,8 @@ async def tdp_mmu_map_handle_target_level(vcpu: Vcpu, fault: PageFault, found: F
     """``tdp_mmu_map_handle_target_level``."""
     if is_shadow_present_pte(found.spte) and is_last_spte(found.spte, found.level):
         return RetPf.SPURIOUS
-    new = make_spte(fault.page) if fault.page else make_mmio_spte(found.gfn)
+    offset = fault.gfn - found.gfn << 12
+    new = make_spte(fault.page - offset, found.level) if fault.page else make_mmio_spte(found.gfn)
     if new == found.spte:
         return RetPf.SPURIOUS
     if await tdp_mmu_set_spte_atomic(vcpu.kvm, found, new, fault.is_private):
@@ -194,20 +222,21 @@ async def tdp_mmu_map_handle_target_level(vcpu: Vcpu, fault: PageFault, found: F
 async def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int) -> int:
     """``kvm_tdp_map_page``: maps a page before the guest asks, again and again while it must be tried again.
 
-    0, or a negative errno: -EINTR for a signal, -EIO for a VM that died, -ENOENT where is no memory.
+    The level that was mapped, or a negative errno: -EINTR for a signal, -EIO for a VM that died, -ENOENT where is no
+    memory.
     """
     while True:
         if signal_pending(vcpu.kvm.host):
             return -EINTR
         if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
             return -EIO
-        r = await kvm_mmu_do_page_fault(vcpu, gpa, error_code, prefetch=True)
+        r, level = await kvm_mmu_do_page_fault(vcpu, gpa, error_code, prefetch=True)
         if r != RetPf.RETRY:
             break
     if r < 0:
         return r
     if r in (RetPf.FIXED, RetPf.SPURIOUS):
-        return 0
+        return level
     if r == RetPf.EMULATE:
         return -ENOENT
     vcpu.kvm.host.log.warn_on(True, "could not fix page fault during prefault")

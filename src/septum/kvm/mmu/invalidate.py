@@ -52,23 +52,28 @@ async def kvm_handle_gfn_range(
     end: int,
     roots: Roots,
     on_lock: Callable[[Vm], None],
-    handler: Callable[[Vm, GfnRange], Coroutine[Step, None, bool]],
-) -> None:
+    handler: Callable[[Vm, GfnRange], Coroutine[Step, None, int]],
+) -> int:
     """``kvm_handle_gfn_range``: runs ``handler`` on the part of each memslot in a range, ``mmu_lock`` held for write.
 
-    ``on_lock`` runs once, and only if there is such a part. TLBs are flushed if a handler says so.
+    ``on_lock`` runs once, and only if there is such a part. A handler returns whether TLBs must be flushed, or a
+    negative errno, which ends the walk (huge pages v3) and is returned.
     """
     parts = [
-        GfnRange(max(start, slot.base_gfn), min(end, slot.base_gfn + slot.npages), roots)
+        GfnRange(slot, max(start, slot.base_gfn), min(end, slot.base_gfn + slot.npages), roots)
         for slot in kvm.memslots
         if max(start, slot.base_gfn) < min(end, slot.base_gfn + slot.npages)
     ]
     if not parts:
-        return
+        return 0
     async with kvm.mmu_lock.write():
         on_lock(kvm)
-        flush = False
+        flush, ret = False, 0
         for part in parts:
-            flush |= await handler(kvm, part)
+            ret = await handler(kvm, part)
+            if ret < 0:
+                break
+            flush |= bool(ret)
         if flush:
             await kvm_flush_remote_tlbs(kvm)
+    return min(ret, 0)

@@ -31,6 +31,7 @@ from septum.kvm.tdx.sept import (
     tdx_sept_remove_private_spte,
     tdx_sept_set_private_spte,
 )
+from septum.kvm.tdx.sept_split import tdx_sept_split_private_spte
 from septum.kvm.vm import kvm_bug_on
 
 if TYPE_CHECKING:
@@ -56,32 +57,55 @@ async def tdp_mmu_set_spte_atomic(kvm: Vm, found: Found, new: int, mirror: bool)
 
 
 async def set_external_spte_present(kvm: Vm, found: Found, new: int) -> int:
-    """``set_external_spte_present``: a mirror entry becomes present, and the Secure EPT with it."""
-    await kvm_bug_on(is_shadow_present_pte(found.spte), kvm, "a present mirror SPTE is replaced")
+    """``set_external_spte_present``: a mirror entry becomes present, and the Secure EPT with it; or a leaf a table."""
+    splits = is_split(found, new)
+    await kvm_bug_on(is_shadow_present_pte(found.spte) and not splits, kvm, "a present mirror SPTE is replaced")
     await step("cmpxchg SPTE of gfn", found.gfn)
     if kvm.mirror_sptes[found.sptep] != found.spte:
         return -EBUSY
     kvm.mirror_sptes[found.sptep] = FROZEN_SPTE
-    if is_last_spte(new, found.level):
+    if splits:
+        r = await split_external_spte(kvm, found, new, shared=True)
+    elif is_last_spte(new, found.level):
         r = await tdx_sept_set_private_spte(kvm, found.gfn, found.level, spte_to_pa(new))
     else:
-        external_spt = kvm.sps[spte_to_pa(new)].external_spt
-        await kvm_bug_on(not external_spt, kvm, "a mirror page table has no external one")
-        r = await tdx_sept_link_private_spt(kvm, found.gfn, found.level, external_spt)
+        r = await tdx_sept_link_private_spt(kvm, found.gfn, found.level, await get_external_spt(kvm, new))
     await step("write SPTE of gfn", found.gfn)
     kvm.mirror_sptes.store(found.sptep, found.spte if r else new)
     return r
 
 
 async def tdp_mmu_set_spte(kvm: Vm, found: Found, new: int, mirror: bool) -> None:
-    """``tdp_mmu_set_spte``: with ``mmu_lock`` held for write. A mirror entry can only be removed."""
+    """``tdp_mmu_set_spte``: with ``mmu_lock`` held for write. A mirror entry can only be removed or split."""
     frozen = is_frozen_spte(found.spte) or is_frozen_spte(new)
     kvm.host.log.warn_on(frozen, "a frozen SPTE under mmu_lock held for write")
     write_spte(kvm, found.sptep, new, mirror)
     await handle_changed_spte(kvm, found, new, mirror)
-    if mirror:
-        await kvm_bug_on(is_shadow_present_pte(new), kvm, "a mirror SPTE is set with mmu_lock held for write")
+    if mirror and not is_shadow_present_pte(new):
         await remove_external_spte(kvm, found)
+    elif mirror and is_split(found, new):
+        await split_external_spte(kvm, found, new, shared=False)
+    elif mirror:
+        await kvm_bug_on(True, kvm, "a mirror SPTE is set with mmu_lock held for write")
+
+
+def is_split(found: Found, new: int) -> bool:
+    """Whether a leaf becomes a table."""
+    was_leaf = is_shadow_present_pte(found.spte) and is_last_spte(found.spte, found.level)
+    return was_leaf and is_shadow_present_pte(new) and not is_last_spte(new, found.level)
+
+
+async def get_external_spt(kvm: Vm, spte: int) -> int:
+    """``get_external_spt``: the page that the module gets in the place of a mirror page table."""
+    external_spt = kvm.sps[spte_to_pa(spte)].external_spt
+    await kvm_bug_on(not external_spt, kvm, "a mirror page table has no external one")
+    return external_spt
+
+
+async def split_external_spte(kvm: Vm, found: Found, new: int, *, shared: bool) -> int:
+    """``split_external_spte`` (huge pages v3). With ``mmu_lock`` held for write a failure has bugged the VM."""
+    external_spt = await get_external_spt(kvm, new)
+    return await tdx_sept_split_private_spte(kvm, found.gfn, found.level, external_spt, mmu_lock_shared=shared)
 
 
 async def remove_external_spte(kvm: Vm, found: Found) -> None:

@@ -27,7 +27,7 @@ async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int)
             high = min(end, slot.userspace_addr + (slot.npages << 12))
             if low < high:
                 first = slot.base_gfn + (low - slot.userspace_addr >> 12)
-                gfns = GfnRange(first, first + (high - low >> 12), Roots.DIRECT)
+                gfns = GfnRange(slot, first, first + (high - low >> 12), Roots.DIRECT)
                 kvm_mmu_invalidate_range_add(kvm, gfns.start, gfns.end)
                 flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
         if flush:

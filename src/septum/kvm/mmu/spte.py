@@ -67,9 +67,19 @@ def spte_to_pa(spte: int) -> int:
     return spte & PAGE_MASK
 
 
-def make_spte(pa: int) -> int:
-    """``make_spte``: a leaf of 4 KiB with all permissions."""
-    return pa | _LEAF
+def is_large_pte(spte: int) -> bool:
+    """``is_large_pte``: whether a present entry maps more than 4 KiB."""
+    return bool(spte & LARGE)
+
+
+def make_spte(pa: int, level: int = PG_LEVEL_4K) -> int:
+    """``make_spte``: a leaf with all permissions."""
+    return pa | _LEAF | (LARGE if level > PG_LEVEL_4K else 0)
+
+
+def make_small_spte(huge_spte: int, level: int, index: int) -> int:
+    """``make_small_spte``: the entry that maps the ``index``-th part of what a large entry at ``level`` maps."""
+    return make_spte(spte_to_pa(huge_spte) + index * (pages_per_hpage(level - 1) << 12), level - 1)
 
 
 def make_nonleaf_spte(spt: int) -> int:

@@ -29,8 +29,9 @@ class Roots(Flag):
 
 
 class GfnRange(NamedTuple):
-    """``struct kvm_gfn_range``: page frames from ``start`` up to ``end``, in some of the page tables."""
+    """``struct kvm_gfn_range``: page frames of a memslot from ``start`` up to ``end``, in some of the page tables."""
 
+    slot: Memslot
     start: int
     end: int
     roots: Roots
@@ -46,7 +47,7 @@ async def kvm_flush_remote_tlbs(kvm: Vm) -> None:
     await kvm_make_all_cpus_request(kvm, KVM_REQ_TLB_FLUSH)
 
 
-def _tables(kvm: Vm, roots: Roots) -> list[tuple[int, bool]]:
+def tables(kvm: Vm, roots: Roots) -> list[tuple[int, bool]]:
     """The root page tables of some kinds that there are; True: mirror."""
     wanted = [(kvm.direct_root, False)] if Roots.DIRECT in roots else []
     wanted += [(kvm.mirror_root, True)] if Roots.MIRROR in roots else []
@@ -84,7 +85,7 @@ async def _zap_leafs(kvm: Vm, root: int, mirror: bool, start: int, end: int, flu
 
 async def kvm_unmap_gfn_range(kvm: Vm, gfns: GfnRange, *, flush: bool = False) -> bool:
     """``kvm_unmap_gfn_range`` and ``kvm_tdp_mmu_unmap_gfn_range``: with ``mmu_lock`` held for write."""
-    for root, mirror in _tables(kvm, gfns.roots):
+    for root, mirror in tables(kvm, gfns.roots):
         flush = await tdp_mmu_zap_leafs(kvm, root, mirror, gfns.start, gfns.end, flush=flush)
     return flush
 
@@ -92,7 +93,7 @@ async def kvm_unmap_gfn_range(kvm: Vm, gfns: GfnRange, *, flush: bool = False) -
 async def kvm_mmu_zap_memslot(kvm: Vm, slot: Memslot) -> None:
     """``kvm_mmu_zap_memslot``: unmaps a memslot that is being deleted or moved, private and shared memory alike."""
     async with kvm.mmu_lock.write():
-        gfns = GfnRange(slot.base_gfn, slot.base_gfn + slot.npages, Roots.BOTH)
+        gfns = GfnRange(slot, slot.base_gfn, slot.base_gfn + slot.npages, Roots.BOTH)
         if await kvm_unmap_gfn_range(kvm, gfns):
             await kvm_flush_remote_tlbs(kvm)
 
@@ -100,7 +101,7 @@ async def kvm_mmu_zap_memslot(kvm: Vm, slot: Memslot) -> None:
 async def kvm_mmu_zap_all(kvm: Vm) -> None:
     """``kvm_mmu_zap_all``: the process is gone, and its memory with it. Private memory is not part of that."""
     async with kvm.mmu_lock.write():
-        for root, mirror in _tables(kvm, Roots.DIRECT):
+        for root, mirror in tables(kvm, Roots.DIRECT):
             await tdp_mmu_zap_root(kvm, root, mirror)
 
 
@@ -116,7 +117,7 @@ async def tdp_mmu_zap_root(kvm: Vm, root: int, mirror: bool) -> None:
 async def kvm_mmu_uninit_tdp_mmu(kvm: Vm) -> None:
     """``kvm_mmu_uninit_tdp_mmu``: the page tables end with the VM."""
     async with kvm.mmu_lock.write():
-        for root, mirror in _tables(kvm, Roots.BOTH):
+        for root, mirror in tables(kvm, Roots.BOTH):
             await tdp_mmu_zap_root(kvm, root, mirror)
             tdp_mmu_free_sp(kvm, root)
         kvm.mirror_root = kvm.direct_root = 0

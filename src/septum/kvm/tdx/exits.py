@@ -25,6 +25,7 @@ from septum.kvm.abi import (
 from septum.kvm.contention.fault import FAULT_POLICIES
 from septum.kvm.mmu.fault import PFERR_FETCH, PFERR_PRIVATE_ACCESS, PFERR_WRITE, kvm_mmu_page_fault
 from septum.kvm.run_struct import ExceptionExit, FailEntryExit, InternalErrorExit
+from septum.kvm.tdx.accept_level import tdx_honor_guest_accept_level
 from septum.kvm.tdx.run import NO_EXIT, Fastpath, is_sw_error
 from septum.kvm.tdx.tdvmcall import (
     handle_tdvmcall,
@@ -126,6 +127,8 @@ async def tdx_handle_ept_violation(vcpu: Vcpu) -> int:
             await kvm_vm_dead(kvm)
             return -EIO
         emit("fault", f"kvm_page_fault {vcpu} address {gpa:#x} private")
+        if r := await tdx_honor_guest_accept_level(vcpu, gpa >> 12):
+            return r
         error_code = PFERR_WRITE | PFERR_PRIVATE_ACCESS
         policy = FAULT_POLICIES[kvm.host.kernel.policies["fault"]]
         return await policy(vcpu, gpa >> 12, lambda: kvm_mmu_page_fault(vcpu, gpa, error_code))

@@ -9,13 +9,14 @@ from errno import EBUSY, EINVAL, EIO
 from typing import TYPE_CHECKING, Final
 
 from septum.arch.operands import Operand
+from septum.arch.pages import PAGE_4K
 from septum.arch.sept import RWX
 from septum.arch.status import Status, with_operand
 from septum.arch.vmcs import SHARED_EPTP
 from septum.core.steps import step
 from septum.kvm.contention import contend
 from septum.kvm.contention.busy import tdx_operand_busy
-from septum.kvm.mmu.spte import PG_LEVEL_4K, is_last_spte
+from septum.kvm.mmu.spte import PG_LEVEL_4K, is_last_spte, pages_per_hpage
 from septum.kvm.requests import KVM_REQ_OUTSIDE_GUEST_MODE, kvm_make_all_cpus_request
 from septum.kvm.tdx.keys import tdx_reclaim_page
 from septum.kvm.vm import TdState, kvm_bug_on, seamcall_bug_on
@@ -34,14 +35,41 @@ def pg_level_to_tdx_sept_level(level: int) -> int:
     return level - 1
 
 
+def _is_level_allowed(kvm: Vm, level: int) -> bool:
+    """4 KiB always; more only for a TD that is built, with huge pages on (huge pages v3)."""
+    return level == PG_LEVEL_4K or (kvm.host.state.enable_tdx_huge_page and kvm.state == TdState.RUNNABLE)
+
+
+def _pages(page: int, level: int) -> range:
+    """The pages of 4 KiB in a larger one."""
+    return range(page, page + (pages_per_hpage(level) << 12), PAGE_4K)
+
+
+def _pins(kvm: Vm) -> bool:
+    """Whether a page that the module has keeps a reference (until 6.18)."""
+    return not kvm.host.kernel.has("no-page-pinning")
+
+
+def _get_pages(kvm: Vm, page: int, level: int) -> None:
+    for part in _pages(page, level) if _pins(kvm) else ():
+        kvm.host.pages.get(part)
+
+
+def _put_pages(kvm: Vm, page: int, level: int) -> None:
+    for part in _pages(page, level) if _pins(kvm) else ():
+        kvm.host.pages.put(part)
+
+
 async def tdx_sept_set_private_spte(kvm: Vm, gfn: int, level: int, page: int) -> int:
     """``tdx_sept_set_private_spte``: while the TD runs, the page is mapped; while it is built, only counted.
 
     The page gets a reference: it must not be freed while the module has it.
     """
-    if await kvm_bug_on(level != PG_LEVEL_4K, kvm, "a private huge page"):
+    if await kvm_bug_on(not _is_level_allowed(kvm, level), kvm, "a private huge page"):
         return -EINVAL
-    kvm.host.pages.get(page)
+    for part in _pages(page, level):
+        kvm.host.pages.require_allocated(part)
+    _get_pages(kvm, page, level)
     await step("read", "TD state")
     if kvm.state == TdState.RUNNABLE:
         return await tdx_mem_page_aug(kvm, gfn, level, page)
@@ -53,10 +81,10 @@ async def tdx_mem_page_aug(kvm: Vm, gfn: int, level: int, page: int) -> int:
     tdh, gpa, tdx_level = kvm.host.seamcalls, gfn << 12, pg_level_to_tdx_sept_level(level)
     regs = await contend("map", kvm, lambda: tdh.tdh_mem_page_aug(kvm.tdr_page, gpa, tdx_level, page))
     if tdx_operand_busy(regs.rax):
-        kvm.host.pages.put(page)
+        _put_pages(kvm, page, level)
         return -EBUSY
     if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_AUG", regs, "rcx", "rdx"):
-        kvm.host.pages.put(page)
+        _put_pages(kvm, page, level)
         return -EIO
     return 0
 
@@ -131,18 +159,20 @@ async def tdx_sept_drop_private_spte(kvm: Vm, gfn: int, level: int, page: int) -
     When that fails, the page keeps its reference: it is never freed.
     """
     tdh, gpa, tdx_level = kvm.host.seamcalls, gfn << 12, pg_level_to_tdx_sept_level(level)
-    if await kvm_bug_on(level != PG_LEVEL_4K, kvm, "a private huge page"):
+    if await kvm_bug_on(not _is_level_allowed(kvm, level), kvm, "a private huge page"):
         return -EINVAL
     if await kvm_bug_on(not kvm.is_hkid_assigned, kvm, "a private page is dropped after the KeyID is gone"):
         return -EINVAL
     regs = await contend("zap", kvm, lambda: tdh.tdh_mem_page_remove(kvm.tdr_page, gpa, tdx_level))
     if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_REMOVE", regs, "rcx", "rdx"):
         return -EIO
-    regs = await tdh.tdh_phymem_page_wbinvd_hkid(kvm.hkid, page)
-    if await seamcall_bug_on(kvm, "TDH_PHYMEM_PAGE_WBINVD", regs):
-        return -EIO
-    kvm.host.module.memory.set_page(page, ZERO_PAGE)
-    kvm.host.pages.put(page)
+    for part in _pages(page, level):
+        regs = await tdh.tdh_phymem_page_wbinvd_hkid(kvm.hkid, part)
+        if await seamcall_bug_on(kvm, "TDH_PHYMEM_PAGE_WBINVD", regs):
+            return -EIO
+    for part in _pages(page, level):
+        kvm.host.module.memory.set_page(part, ZERO_PAGE)
+    _put_pages(kvm, page, level)
     return 0
 
 

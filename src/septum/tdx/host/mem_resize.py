@@ -59,7 +59,8 @@ async def tdh_mem_page_demote(call: HostCall) -> int:
 
     RCX: GPA and level. RDX: TDR; bit 0: add Secure EPT pages only for L2 VMs with an alias. R8: new Secure EPT page.
     R9 to R11: those for L2 VMs. While VCPUs may run, the page must be blocked and TLBs tracked. With an interrupt
-    pending, RCX and RDX come back unchanged and the call can be made again.
+    pending, RCX and RDX come back unchanged and the call can be made again; with ENHANCED_DEMOTE_INTERRUPTIBILITY they
+    count only if there are L2 VMs (huge pages v3 for Linux, 20260106101646.24809-1-yan.y.zhao).
     """
     module, regs = call.module, call.regs
     operands = regs.rcx, regs.rdx
@@ -88,7 +89,8 @@ async def tdh_mem_page_demote(call: HostCall) -> int:
             _fill_split(module.sept_l2, page.pa, unblocked, page_pa, entry.level)
         else:
             clear_table(module.sept_l2, page.pa)
-    check_no_interrupt(call, operands)
+    if td.tdcs.num_l2_vms or "enhanced_demote" not in module.features:
+        check_no_interrupt(call, operands)
     await _demote_pamt(call, key, page_pa, entry.level)
 
     await write_entry(call, entry, sept.non_leaf_entry(tables[0], locked=True))

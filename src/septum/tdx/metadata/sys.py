@@ -12,6 +12,8 @@ from septum.tdx.metadata.scope import Scope
 _NO_LEAF = SUBLEAF_NA << 32 | 0xFFFF_FFFF
 #: What 1.5.01 can do. Bit 8, local attestation, also needs a CPU that has SEAMVERIFYREPORT: it is taken to be there.
 _TDX_FEATURES0 = 0xF0FBF
+#: TDX_FEATURES0 of newer modules: ENHANCED_DEMOTE_INTERRUPTIBILITY.
+_FEATURE_BITS = {"enhanced_demote": 1 << 51}
 #: 4 KiB pages for hand-off data at the beginning of the module's data region, minus one, on the recorded platform.
 _NUM_HANDOFF_PAGES = 0x3F
 
@@ -29,7 +31,8 @@ def read_sys(scope: Scope, element: Element) -> int:
         case "SYS_ATTRIBUTES":
             return scope.module.sys.attributes
         case "TDX_FEATURES0":
-            return _TDX_FEATURES0
+            newer = (bit for feature, bit in _FEATURE_BITS.items() if feature in scope.module.features)
+            return _TDX_FEATURES0 | sum(newer)
         case "CMR_BASE":
             return platform.cmrs[number].base if number < len(platform.cmrs) else 0
         case "CMR_SIZE":
