@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from septum.arch.pages import PAGE_4K, PAGES_4K_IN_2M
 from septum.core.cells import Shared, SharedMap
 from septum.core.klocks import RwSem
+from septum.core.steps import emit
 
 if TYPE_CHECKING:
     from septum.kvm.memslot import Memslot
@@ -113,6 +114,7 @@ def truncate_inode_pages_range(gmem: Gmem, start: int, end: int) -> None:
             place = bit.bit_length() - 1
             of_huge = huge is not None and huge.pages & bit
             pa = huge.page + place * PAGE_4K if huge and of_huge else gmem.folios.pop(first + place) & ~UPTODATE
+            emit("gmem", f"{gmem} frees page {first + place:#x}")
             pages.put(pa)
             if pages.is_allocated(pa):
                 pages.leak(pa, "private page still referenced after its file was truncated")

@@ -78,7 +78,7 @@ def _compare(kvm: Vm) -> None:
 
 
 def _mirror_leaves(kvm: Vm) -> Iterator[Found]:
-    """The present entries for 4 KiB pages.
+    """The leaves of the mirror page table.
 
     An exploration has to see which entries they are found by, a live run wants them fast.
     """
