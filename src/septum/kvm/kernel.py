@@ -25,7 +25,7 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place where KVM meets contention, and the policies that can be used there."""
+    """A place where KVM meets contention, and the policies that can be used there, the usual one first."""
 
     name: str
     policies: tuple[str, ...]
@@ -141,7 +141,8 @@ class Kernel:
         if self.name not in _PRESETS:
             raise UsageError(f"there is no kernel {self.name!r}; there are: {', '.join(_PRESETS)}")
         policies, fixes = _PRESETS[self.name]
-        object.__setattr__(self, "policies", self.policies or policies)
+        usual = {site.name: site.policies[0] for site in SITES.values()}
+        object.__setattr__(self, "policies", self.policies or {**usual, **policies})
         if self.fixes is None:
             object.__setattr__(self, "fixes", fixes)
 
@@ -151,10 +152,6 @@ class Kernel:
     def has(self, fix: str) -> bool:
         """Whether this kernel has the fix."""
         return self.fixes is not None and fix in self.fixes
-
-    def policy(self, site: str) -> str:
-        """The policy at a call site: the site's first, where neither preset nor user says otherwise."""
-        return self.policies.get(site, SITES[site].policies[0])
 
     def with_(self, *fixes: str) -> Kernel:
         """This kernel with more fixes.

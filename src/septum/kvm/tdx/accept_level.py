@@ -32,7 +32,7 @@ async def tdx_honor_guest_accept_level(vcpu: Vcpu, gfn: int) -> int:
     looked up without ``mmu_lock`` first, which is safe because it is set after the split, and never cleared.
     """
     kvm = vcpu.kvm
-    policy = kvm.host.kernel.policy("accept")
+    policy = kvm.host.kernel.policies["accept"]
     level = _accept_level(vcpu)
     slot = gfn_to_memslot(kvm.memslots, gfn)
     if not kvm.host.state.enable_tdx_huge_page or policy == "ignore" or slot is None or level is None:

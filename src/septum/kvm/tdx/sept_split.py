@@ -31,7 +31,7 @@ async def tdx_sept_split_private_spte(kvm: Vm, gfn: int, level: int, spt: int, *
     if await kvm_bug_on(not running, kvm, "a mapping that cannot be split"):
         return -EIO
     if mmu_lock_shared:
-        if kvm.host.kernel.policy("accept") == "split-shared":
+        if kvm.host.kernel.policies["accept"] == "split-shared":
             return await split_under_shared_mmu_lock(kvm, gfn << 12, tdx_level, spt)
         kvm.host.log.warn_on(True, "splitting under shared mmu_lock")
         return -EOPNOTSUPP
