@@ -86,6 +86,12 @@ FIXES: Final[Mapping[str, Fix]] = {
             "TDH.MEM.PAGE.DEMOTE is made again while it is interrupted, so that modules that allow that get huge pages",
         ),
         Fix(
+            "no-progress-exits",
+            "Y8ljwsrrBBdh1aYw@google.com",
+            "not posted",
+            "a vCPU that comes back for a mapped page again and again leaves with KVM_EXIT_MEMORY_FAULT",
+        ),
+        Fix(
             "failed-conversion-ends",
             "found with Septum",
             "not posted",

@@ -71,6 +71,8 @@ class Vcpu(Shared):
     vp_enter_ret: int = 0
     vp_enter_args: tuple[int, ...] = (0,) * 15
     exit_reason: int = 0
+    spurious_faults: int = 0
+    """How often in a row the guest came back for a page that is mapped ("no-progress-exits")."""
     map_gpa_next: int = 0
     map_gpa_end: int = 0
     posted: tuple[int, ...] = ()

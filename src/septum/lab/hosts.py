@@ -29,6 +29,7 @@ from septum.kvm.invariants import mirror_agrees, no_bug
 from septum.kvm.kernel import Kernel
 from septum.kvm.process import Process
 from septum.kvm.run_struct import HypercallExit, IoExit
+from septum.kvm.sysinfo import KVM_SUPPORTED_TD_ATTRS as SEPT_VE_DISABLE
 from septum.lab.kernels import DEFAULT, read_kernel
 from septum.lab.scenario import Built, Parameter
 from septum.tdx.module import Module
@@ -112,9 +113,18 @@ class TdHost(Fixed):
     """
 
     def __init__(
-        self, kernel: Kernel | str, vcpus: int, *, initialised: int, features: frozenset[str] | None = None
+        self,
+        kernel: Kernel | str,
+        vcpus: int,
+        *,
+        initialised: int,
+        features: frozenset[str] | None = None,
+        sept_ve_disable: bool = True,
     ) -> None:
-        """:param features: what the module can do beyond 1.5.01; None: what the kernel needs."""
+        """:param features: what the module can do beyond 1.5.01; None: what the kernel needs.
+        :param sept_ve_disable: the TD's attribute: whether touching a page that is not accepted is no #VE, but the end.
+        """
+        self._attributes = SEPT_VE_DISABLE if sept_ve_disable else 0
         platform = profile("small")
         module = None if features is None else Module(platform, features=features)
         self.host = Host(platform, read_kernel(kernel) if isinstance(kernel, str) else kernel, module=module)
@@ -141,7 +151,8 @@ class TdHost(Fixed):
         self.make(lambda: self.vmm.enable_cap(vm, abi.KVM_CAP_EXIT_HYPERCALL, 1 << abi.KVM_HC_MAP_GPA_RANGE))
         caps = self._alone(0, lambda: self.vmm.tdx_capabilities(vm))
         assert isinstance(caps, Capabilities)
-        return vm, caps.choose(self.host.module.hardware.cpu, gpa_width=GPA_WIDTH)
+        init = caps.choose(self.host.module.hardware.cpu, gpa_width=GPA_WIDTH)
+        return vm, replace(init, attributes=self._attributes)
 
     async def _add_memory(self) -> int:
         gmem = await self.vmm.create_guest_memfd(self.vm, MEMORY)
@@ -157,6 +168,18 @@ class TdHost(Fixed):
             userspace_addr=self.userspace_addr,
             guest_memfd=gmem,
         )
+
+    def script(self, index: int, script: Script) -> ScriptedGuest:
+        """Gives a vCPU what it is to do; then it does I/O, which takes its thread to userspace."""
+
+        async def life(vcpu: Vcpu) -> None:
+            await script(vcpu)
+            await vcpu.publish(True)
+            await vcpu.io_write(DONE_PORT, 0, 1)
+
+        guest = ScriptedGuest(life, f"guest{index}")
+        self.vmm.attach_guest(self.vcpus[index], guest)
+        return guest
 
     def _alone(self, cpu: int, call: Call) -> Any:
         """What a system call made on ``cpu`` returns, while nothing else happens."""
@@ -264,14 +287,7 @@ class TdHost(Fixed):
         Memory that the guest wants converted is converted. Each time that it does I/O, the thread moves to the next of
         the CPUs ``moves_to``. Any other exit to userspace means that the guest died.
         """
-
-        async def life(vcpu: Vcpu) -> None:
-            await script(vcpu)
-            await vcpu.publish(True)
-            await vcpu.io_write(DONE_PORT, 0, 1)
-
-        guest, run = ScriptedGuest(life, f"guest{index}"), self.vmm.kvm_run(self.vcpus[index])
-        self.vmm.attach_guest(self.vcpus[index], guest)
+        guest, run = self.script(index, script), self.vmm.kvm_run(self.vcpus[index])
 
         async def until_done() -> int:
             result, cpus = 0, iter(moves_to)

@@ -152,6 +152,7 @@ _MODULES: Final = (
     "septum.lab.scenarios.kvm_memory",
     "septum.lab.scenarios.kvm_lifetime",
     "septum.lab.scenarios.kvm_hugepages",
+    "septum.lab.scenarios.kvm_zerostep",
 )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from errno import EIO
+from errno import EFAULT, EIO
 from typing import TYPE_CHECKING, Final
 
 from septum.arch.exits import VM_ENTRY_FAILED, ExitReason
+from septum.arch.pages import PAGE_4K
 from septum.arch.status import CODE, ERROR, NON_RECOVERABLE, Status
 from septum.arch.vmcs import TYPE_MASK, TYPE_NMI, VECTOR_MASK, VECTOR_MC
 from septum.core.steps import emit
@@ -19,12 +20,14 @@ from septum.kvm.abi import (
     KVM_EXIT_EXCEPTION,
     KVM_EXIT_FAIL_ENTRY,
     KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_MEMORY_FAULT,
     KVM_EXIT_SHUTDOWN,
     KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+    KVM_MEMORY_EXIT_FLAG_PRIVATE,
 )
 from septum.kvm.contention.fault import FAULT_POLICIES
-from septum.kvm.mmu.fault import PFERR_FETCH, PFERR_PRIVATE_ACCESS, PFERR_WRITE, kvm_mmu_page_fault
-from septum.kvm.run_struct import ExceptionExit, FailEntryExit, InternalErrorExit
+from septum.kvm.mmu.fault import PFERR_FETCH, PFERR_PRIVATE_ACCESS, PFERR_WRITE, RetPf, kvm_mmu_page_fault
+from septum.kvm.run_struct import ExceptionExit, FailEntryExit, InternalErrorExit, MemoryFaultExit
 from septum.kvm.tdx.accept_level import tdx_honor_guest_accept_level
 from septum.kvm.tdx.run import NO_EXIT, Fastpath, is_sw_error
 from septum.kvm.tdx.tdvmcall import (
@@ -47,6 +50,7 @@ EPT_VIOLATION_ACC_WRITE: Final = 1 << 1
 EPT_VIOLATION_ACC_INSTR: Final = 1 << 2
 EPT_VIOLATION_PROT_MASK: Final = 7 << 3
 EPT_VIOLATION_EXEC_FOR_RING3_LIN: Final = 1 << 6
+MAX_SPURIOUS_FAULTS: Final = 8
 PENDING_EPT_VIOLATION: Final = 6
 """Type (bits 3:0) of the extended exit qualification."""
 _RCX, _RDX, _R8, _R9 = (GPR_NAMES.index(name) for name in ("rcx", "rdx", "r8", "r9"))
@@ -117,6 +121,19 @@ def tdx_is_sept_violation_unexpected_pending(vcpu: Vcpu) -> bool:
     return not qualification & (EPT_VIOLATION_PROT_MASK | EPT_VIOLATION_EXEC_FOR_RING3_LIN)
 
 
+def tdx_no_progress(vcpu: Vcpu, gpa: int, r: int) -> int:
+    """What the guest came back for is mapped: after :data:`MAX_SPURIOUS_FAULTS` such faults in a row userspace is told.
+
+    No kernel has this. The idea is Sean Christopherson's (Y8ljwsrrBBdh1aYw, lore.kernel.org), without a number.
+    """
+    vcpu.spurious_faults = vcpu.spurious_faults + 1 if r == RetPf.SPURIOUS else 0
+    if vcpu.spurious_faults <= MAX_SPURIOUS_FAULTS:
+        return r
+    vcpu.spurious_faults = 0
+    vcpu.run.leave(KVM_EXIT_MEMORY_FAULT, MemoryFaultExit(KVM_MEMORY_EXIT_FLAG_PRIVATE, gpa & -PAGE_4K, PAGE_4K))
+    return -EFAULT
+
+
 async def tdx_handle_ept_violation(vcpu: Vcpu) -> int:
     """``tdx_handle_ept_violation``: private violations count as writes and are dealt with without the guest, as long as
     they must be tried again: the kernel's fault policy."""
@@ -131,7 +148,8 @@ async def tdx_handle_ept_violation(vcpu: Vcpu) -> int:
             return r
         error_code = PFERR_WRITE | PFERR_PRIVATE_ACCESS
         policy = FAULT_POLICIES[kvm.host.kernel.policies["fault"]]
-        return await policy(vcpu, gpa >> 12, lambda: kvm_mmu_page_fault(vcpu, gpa, error_code))
+        r = await policy(vcpu, gpa >> 12, lambda: kvm_mmu_page_fault(vcpu, gpa, error_code))
+        return tdx_no_progress(vcpu, gpa, r) if kvm.host.kernel.has("no-progress-exits") else r
     fetch = qualification & EPT_VIOLATION_ACC_INSTR
     if await kvm_bug_on(fetch, kvm, "an instruction fetch from shared memory"):
         return -EIO
