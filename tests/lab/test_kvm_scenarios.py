@@ -83,10 +83,12 @@ FIXED = "v6.16," + ",".join(
     f"+{fix.name}" for fix in FIXES.values() if fix.since.startswith("v") and fix.name != "flush-rechecks-cpu"
 )
 """A kernel with all fixes that were merged."""
+OTHERS = ("hugepages", "zerostep", "module_faults")
+"""Scenarios of these have tests of their own."""
 KVM = [
     name
     for name, scenario in scenarios().items()
-    if any(p.name == "kernel" for p in scenario.parameters) and "hugepages" not in scenario.build.__module__
+    if any(p.name == "kernel" for p in scenario.parameters) and not scenario.build.__module__.endswith(OTHERS)
 ]
 
 
