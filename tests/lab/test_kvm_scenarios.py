@@ -7,10 +7,12 @@ from errno import EINVAL
 import pytest
 
 from septum.core.explore import Bounds
-from septum.core.run import ENDS, at_random, solo
+from septum.core.run import ENDS, at_random, run, solo
 from septum.core.trace import Event
+from septum.core.trylocks import ALWAYS_SHARED
 from septum.core.verdict import Verdict
 from septum.kvm.kernel import FIXES
+from septum.lab.hosts import TdHost
 from septum.lab.recording import counterexample, explore, replay, sample
 from septum.lab.sampled import sample_runs
 from septum.lab.scenario import find_scenario, scenarios
@@ -62,7 +64,7 @@ def test_a_build_race_kills_the_vm_and_its_fix_excludes_it(name: str, leaf: str,
 def test_faults_and_zaps_of_v6_16_are_proved(name: str, params: tuple[str, ...]) -> None:
     verdict = verdict_of(name, *params)
     assert verdict.verdict == "proved", verdict.message
-    assert verdict.states > 5_000
+    assert verdict.states > 2_000
 
 
 @pytest.mark.parametrize(
@@ -186,3 +188,33 @@ def test_calls_that_met_somebody_are_shown_whole() -> None:
     assert folded(met) == met
     under_way = [_event("a", "call", "X"), _event("a", "lock", "+L")]
     assert folded(under_way) == under_way
+
+
+# -- locks that are always shared --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("fault-vs-punch-hole", ()),
+        ("fault-vs-punch-hole", ("kernel=v6.16,zap=once",)),
+        ("zap-vs-accept", ("kernel=v6.16,zap=kick-without-flag",)),
+        ("punch-hole-vs-vp-init", ()),
+        ("cpu-offline-vs-vcpu-flush", ("kernel=v6.16,-flush-rechecks-cpu",)),
+    ],
+)
+def test_locks_that_nobody_finds_busy_change_no_verdict(
+    name: str, params: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduced = verdict_of(name, *params)
+    monkeypatch.setattr("septum.lab.hosts.declare_always_shared", lambda words, keys: None)
+    whole = verdict_of(name, *params)
+    assert (reduced.verdict, reduced.property) == (whole.verdict, whole.property)
+    assert reduced.states < whole.states
+
+
+def test_a_wrong_claim_that_locks_are_always_shared_is_told() -> None:
+    host = TdHost("v6.16", 1, initialised=0)
+    built = host.setting([host.thread("vCPU 0", "KVM_TDX_INIT_VCPU", host.init_vcpu(0))], built=False, stays=True)
+    outcome = run(built.programs, solo)
+    assert (outcome.violation, outcome.message) == (ALWAYS_SHARED, "PAMT_4K[0x1000000] is taken exclusively")

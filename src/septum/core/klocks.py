@@ -44,7 +44,8 @@ def forbid_sleep(reason: str) -> None:
 def allow_sleep(reason: str) -> None:
     """Takes back the last :func:`forbid_sleep` with this reason."""
     task = current_task()
-    require(reason in task.atomic, "balanced locking", f"{task.name} leaves {reason}, where it is not")
+    if reason not in task.atomic:
+        require(False, "balanced locking", f"{task.name} leaves {reason}, where it is not")
     task.atomic = _without_last(task.atomic, reason)
 
 
@@ -128,13 +129,15 @@ class KernelLock(Shared):
         task.held = (*task.held, self.name)
         if not self.sleeps:
             task.atomic = (*task.atomic, self.name)
-        emit("klock", f"+{self.name}", shared=shared)
+        if ctx.trace is not None:
+            emit("klock", f"+{self.name}", shared=shared)
 
     def let_go(self, *, shared: bool) -> None:
         """The opposite of :meth:`take`."""
         task = current_task()
         holds = task.name in self.readers if shared else self.writer == task.name
-        require(holds, "balanced locking", f"{task.name} unlocks {self.name}, which it does not hold")
+        if not holds:
+            require(False, "balanced locking", f"{task.name} unlocks {self.name}, which it does not hold")
         if shared:
             self.readers = _without_last(self.readers, task.name)
         else:
@@ -142,7 +145,8 @@ class KernelLock(Shared):
         task.held = _without_last(task.held, self.name)
         if not self.sleeps:
             task.atomic = _without_last(task.atomic, self.name)
-        emit("klock", f"-{self.name}", shared=shared)
+        if ctx.trace is not None:
+            emit("klock", f"-{self.name}", shared=shared)
 
 
 class Hold(Section):
@@ -224,7 +228,8 @@ class Srcu(Shared):
     def read_unlock(self, index: int) -> None:
         """Leaves the read section entered with ``index``."""
         task = current_task()
-        require((task.name, index) in self.readers, "balanced locking", f"{task.name} leaves {self.name} twice")
+        if (task.name, index) not in self.readers:
+            require(False, "balanced locking", f"{task.name} leaves {self.name} twice")
         self.readers = _without_last(self.readers, (task.name, index))
         task.held = _without_last(task.held, self.name)
 
@@ -242,7 +247,8 @@ def note_order(task: Task, lock: KernelLock) -> None:
     new = lock.lock_class
     for held in task.held:
         old = held.partition("[")[0]
-        require(held != lock.name, "no recursive locking", f"{task.name} takes {lock.name} twice")
+        if held == lock.name:
+            require(False, "no recursive locking", f"{task.name} takes {lock.name} twice")
         if old == new:
             require(
                 _rank(held) < _rank(lock.name),
@@ -279,5 +285,7 @@ def _path(start: str, goal: str) -> list[tuple[str, str]]:
 
 
 def _without_last(items: tuple[T, ...], item: T) -> tuple[T, ...]:
+    if items[-1] == item:
+        return items[:-1]
     place = len(items) - 1 - items[::-1].index(item)
     return items[:place] + items[place + 1 :]

@@ -11,11 +11,12 @@ Source: TDX Module 1.5.01, ``src/common/helpers/tdx_locks.h``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from septum.core.cells import SharedMap
-from septum.core.steps import ATOMICS, FINE, PRIMITIVES, Step, ctx, emit, switch
+from septum.core.steps import ATOMICS, FINE, PRIMITIVES, Step, ctx, emit, require, switch
 
 
 class Mode(IntEnum):
@@ -35,6 +36,19 @@ class Taken(IntEnum):
 
 class SanityCheckFailed(Exception):
     """A lock word is in a state that the module holds to be impossible; the real module halts."""
+
+
+ALWAYS_SHARED: Final = "always shared"
+
+
+def declare_always_shared(words: SharedMap[Any, Any], keys: Iterable[Any]) -> None:
+    """Says that nobody ever takes these locks exclusively.
+
+    Such a lock is never busy, and how many have it at the moment is nothing to anybody. Where tasks are interleaved,
+    taking it and letting it go are therefore no steps, and do not count in its word; whoever wants it exclusively after
+    all violates the property :data:`ALWAYS_SHARED`.
+    """
+    words[ALWAYS_SHARED] = frozenset(keys)
 
 
 def _sane(condition: bool, lock: TryLock, what: str) -> None:
@@ -87,6 +101,9 @@ class TryLock(ABC):
         level = ctx.level
         if not level:
             return await self._attempt(mode, guest)
+        if self._is_always_shared(mode):
+            emit("lock", f"+{self}", mode=mode, taken=Taken.YES)
+            return Taken.YES
         await switch(Step("acquire", self))
         taken = await self._attempt(mode, guest)
         emit("lock", f"{'+' if taken is Taken.YES else '!'}{self}", mode=mode, taken=taken)
@@ -97,6 +114,9 @@ class TryLock(ABC):
     async def release(self, mode: Mode) -> None:
         """Lets go of a lock held in ``mode``."""
         if ctx.level:
+            if self._is_always_shared(mode):
+                emit("lock", f"-{self}", mode=mode)
+                return
             await switch(Step("release", self))
         self.release_now(mode)
         if ctx.level:
@@ -107,6 +127,7 @@ class TryLock(ABC):
     async def promote(self) -> Taken:
         """From the only shared holder to exclusive. On failure the shared hold stays."""
         if ctx.level:
+            self._is_always_shared(Mode.EXCLUSIVE)
             await switch(Step("promote", self))
         taken = await self._promote()
         if ctx.level:
@@ -114,6 +135,12 @@ class TryLock(ABC):
             if ctx.level >= PRIMITIVES:
                 await switch(Step("acquired" if taken is Taken.YES else "found busy", self))
         return taken
+
+    def _is_always_shared(self, mode: Mode) -> bool:
+        declared: Any = self.words.get(ALWAYS_SHARED)
+        found = bool(declared) and self.key in declared
+        require(not found or mode is Mode.SHARED, ALWAYS_SHARED, f"{self} is taken exclusively")
+        return found
 
     async def _promote(self) -> Taken:
         raise TypeError(f"{self} knows no shared mode")
@@ -258,8 +285,11 @@ class SharexHp(TryLock):
         self._put(self._word() | self.HP)
 
     def release_now(self, mode: Mode) -> None:
-        word = self._word()
-        if mode is Mode.EXCLUSIVE:
+        words, key = self.words, self.key
+        word = words.get(key, 0)
+        if mode is Mode.SHARED and word == self.READER:  # nearly always: the last reader goes
+            words.pop(key, None)
+        elif mode is Mode.EXCLUSIVE:
             _sane(bool(word & self.EX), self, "exclusive release of a lock not held exclusively")
             self._put(word & self.HP)
         else:

@@ -100,16 +100,40 @@ class Tdcall(Instruction[tuple[int, ...]]):
         self.gprs = gprs
 
     async def execute(self, cpu: GuestCpu) -> VmExit:
-        regs = Regs.from_tuple(self.gprs)
-        if ctx.trace is not None:
-            emit("tdcall", _describe(regs))
-        return VmExit.tdcall(regs)
+        return _tdcall(Regs.from_tuple(self.gprs))
 
     def completed(self, cpu: GuestCpu) -> tuple[int, ...]:
-        gprs = cpu.vp.tdvps.gprs
-        if ctx.trace is not None and gprs[0]:
-            emit("tdcall", f"{leaf_name(self.gprs[0] & LEAF_MASK, guest=True)} -> {status_name(gprs[0])}")
-        return gprs
+        return _completed(self.gprs[0] & LEAF_MASK, cpu)
+
+
+class Accept(Instruction[int]):
+    """TDG.MEM.PAGE.ACCEPT of a page. The result is the completion status alone: guests make this call for each page
+    that they have, and what a script has seen is kept."""
+
+    __slots__ = ("gpa_and_level",)
+
+    def __init__(self, gpa_and_level: int) -> None:
+        self.gpa_and_level = gpa_and_level
+
+    async def execute(self, cpu: GuestCpu) -> VmExit:
+        return _tdcall(Regs(GuestLeaf.TDG_MEM_PAGE_ACCEPT, self.gpa_and_level))
+
+    def completed(self, cpu: GuestCpu) -> int:
+        return _completed(GuestLeaf.TDG_MEM_PAGE_ACCEPT, cpu)[0]
+
+
+def _tdcall(regs: Regs) -> VmExit:
+    if ctx.trace is not None:
+        emit("tdcall", _describe(regs))
+    return VmExit.tdcall(regs)
+
+
+def _completed(leaf: int, cpu: GuestCpu) -> tuple[int, ...]:
+    """The registers after a TDCALL."""
+    gprs = cpu.vp.tdvps.gprs
+    if ctx.trace is not None and gprs[0]:
+        emit("tdcall", f"{leaf_name(leaf, guest=True)} -> {status_name(gprs[0])}")
+    return gprs
 
 
 def _describe(regs: Regs) -> str:

@@ -50,7 +50,7 @@ class ScriptedGuest(Fixed):
         self._parents: list[int] = [_NOT_BEGUN]
         self._results: list[Any] = [None]
         self._numbers: dict[Any, int] = {}
-        self._bodies: dict[int, tuple[Body, Instruction[Any]]] = {}
+        self._bodies: dict[int, tuple[Body, Instruction[Any], int]] = {}
 
     @property
     def finished(self) -> bool:
@@ -68,8 +68,8 @@ class ScriptedGuest(Fixed):
             cpu = CachingCpu.of(cpu, self._tlb)
         self.deliver(cpu)
         place = self.progress.place
-        body, instruction = self._stand(place)
-        if place and cpu.vp.vmcs[vmcs.GUEST_RIP] != address_of(body):
+        body, instruction, address = self._stand(place)
+        if place and cpu.vp.vmcs[vmcs.GUEST_RIP] != address:
             place, instruction = self._go_on(place, body, instruction.completed(cpu))
         while not cpu.interrupted():
             outcome = await instruction.execute(cpu)
@@ -91,7 +91,7 @@ class ScriptedGuest(Fixed):
         if event & vmcs.TYPE_MASK == vmcs.TYPE_HARDWARE_EXCEPTION:
             code = fields[vmcs.ENTRY_ERROR_CODE] if event & vmcs.ERROR_CODE_VALID else 0
             place = self.progress.place
-            body, _ = self._stand(place)
+            body, *_ = self._stand(place)
             place, instruction = self._go_on(place, body, Fault(event & vmcs.VECTOR_MASK, code))
             self._save(cpu.vp, place, body, instruction)
 
@@ -117,8 +117,8 @@ class ScriptedGuest(Fixed):
 
     def _save(self, vp: Vp, place: int, body: Body, instruction: Instruction[Any]) -> None:
         """Notes where the guest is: about to execute ``instruction``."""
-        vp.vmcs[vmcs.GUEST_RIP] = address_of(body)
-        self._bodies[place] = body, instruction
+        vp.vmcs[vmcs.GUEST_RIP] = address = address_of(body)
+        self._bodies[place] = body, instruction, address
         self.progress.place = place
 
     def _go_on(self, place: int, body: Body, result: Any) -> tuple[int, Instruction[Any]]:
@@ -132,8 +132,8 @@ class ScriptedGuest(Fixed):
             self._results.append(result)
         return number, instruction
 
-    def _stand(self, place: int) -> tuple[Body, Instruction[Any]]:
-        """A coroutine that stands at ``place``, and the instruction that it asks for there."""
+    def _stand(self, place: int) -> tuple[Body, Instruction[Any], int]:
+        """A coroutine that stands at ``place``, the instruction that it asks for there, and that one's address."""
         kept = self._bodies.pop(place, None)
         if kept is not None:
             return kept
@@ -145,7 +145,7 @@ class ScriptedGuest(Fixed):
         instruction = body.send(None)
         for result in reversed(results):
             instruction = body.send(result)
-        return body, instruction
+        return body, instruction, address_of(body)
 
 
 def address_of(body: Any) -> int:

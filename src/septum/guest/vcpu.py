@@ -23,6 +23,7 @@ from septum.guest.instructions import (
     FETCH,
     READ,
     WRITE,
+    Accept,
     Access,
     Fault,
     Idle,
@@ -192,8 +193,7 @@ class Vcpu:
 
     async def accept_page(self, gpa: int, level: int = Level.PT) -> int:
         """TDG.MEM.PAGE.ACCEPT, once; returns the completion status."""
-        gprs = (GuestLeaf.TDG_MEM_PAGE_ACCEPT, gpa | level, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        return (await self._complete(Tdcall(gprs)))[0]
+        return await self._complete(Accept(gpa | level))
 
     async def accept(self, start: int, end: int) -> tuple[int, int]:
         """Accepts all pages from ``start`` to ``end``, 2 MiB at a time where that succeeds, else 4 KiB (as Linux does).

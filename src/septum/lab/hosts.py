@@ -11,13 +11,13 @@ from errno import EINVAL, errorcode
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from septum.arch.pages import PAGE_2M, PAGE_4K
-from septum.arch.platform import profile
+from septum.arch.pages import PAGE_2M, PAGE_4K, Level, level_size
+from septum.arch.platform import Platform, profile
 from septum.core.automata import Invariant
 from septum.core.cells import Fixed, Shared
 from septum.core.run import run_solo
 from septum.core.steps import Program, Step, Task, current_task, emit, require, step
-from septum.core.trylocks import Mode, Sharex, Taken
+from septum.core.trylocks import Mode, Sharex, Taken, declare_always_shared
 from septum.guest.scripted import Script, ScriptedGuest
 from septum.guest.vcpu import Vcpu
 from septum.kvm import abi
@@ -37,6 +37,7 @@ from septum.tdx.module import Module
 if TYPE_CHECKING:
     from septum.kvm.run_struct import KvmRun
     from septum.kvm.vm import Vm
+    from septum.tdx.state.td import Td
 
 MEMORY: Final = PAGE_2M
 """Bytes of guest memory, from 0: its pages share one table of the Secure EPT."""
@@ -106,7 +107,7 @@ class OneFailure(Sharex):
 
 
 class TdHost(Fixed):
-    """A small machine with a VMM (``vmm``) whose TD has :data:`MEMORY` bytes of private memory.
+    """A machine, a small one unless told otherwise, with a VMM (``vmm``) whose TD has ``memory`` bytes, all private.
 
     ``kernel`` may be a text (:mod:`septum.lab.kernels`). vCPU n belongs to CPU n, where it was created. The first
     ``initialised`` of them are past KVM_TDX_INIT_VCPU. ``vm``, ``vcpus`` and ``gmem`` are file descriptors.
@@ -118,6 +119,8 @@ class TdHost(Fixed):
         vcpus: int,
         *,
         initialised: int,
+        memory: int = MEMORY,
+        platform: Platform | None = None,
         features: frozenset[str] | None = None,
         sept_ve_disable: bool = True,
     ) -> None:
@@ -125,13 +128,14 @@ class TdHost(Fixed):
         :param sept_ve_disable: the TD's attribute: whether touching a page that is not accepted is no #VE, but the end.
         """
         self._attributes = SEPT_VE_DISABLE if sept_ve_disable else 0
-        platform = profile("small")
+        platform = platform or profile("small")
         module = None if features is None else Module(platform, features=features)
         self.host = Host(platform, read_kernel(kernel) if isinstance(kernel, str) else kernel, module=module)
         self.host.boot()
         self.pages_before = self.host.pages.in_use
         self.vmm = Process(self.host)
-        self.userspace_addr = self.vmm.mmap(MEMORY)
+        self.memory = memory
+        self.userspace_addr = self.vmm.mmap(memory)
         self.kvms: list[Vm] = []
         self.vm, init = self.new_vm()
         self.make(lambda: self.vmm.tdx_init_vm(self.vm, init))
@@ -155,9 +159,9 @@ class TdHost(Fixed):
         return vm, replace(init, attributes=self._attributes)
 
     async def _add_memory(self) -> int:
-        gmem = await self.vmm.create_guest_memfd(self.vm, MEMORY)
-        await self.vmm.set_user_memory_region2(self.vm, self._slot(gmem, MEMORY))
-        await self.vmm.set_memory_attributes(self.vm, 0, MEMORY, abi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        gmem = await self.vmm.create_guest_memfd(self.vm, self.memory)
+        await self.vmm.set_user_memory_region2(self.vm, self._slot(gmem, self.memory))
+        await self.vmm.set_memory_attributes(self.vm, 0, self.memory, abi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
         return gmem
 
     def _slot(self, gmem: int, size: int) -> UserspaceMemoryRegion2:
@@ -328,7 +332,13 @@ class TdHost(Fixed):
         require(not pages, "no page is lost", f"all VMs have ended, but {pages} pages are in use")
 
     def setting(
-        self, threads: Sequence[Thread], *, built: bool, at_end: Invariant | None = None, cpus: Iterable[int] = ()
+        self,
+        threads: Sequence[Thread],
+        *,
+        built: bool,
+        stays: bool = False,
+        at_end: Invariant | None = None,
+        cpus: Iterable[int] = (),
     ) -> Built:
         """A task for each thread, thread n on CPU n unless it says otherwise, the interrupts of their CPUs, of those
         where vCPUs are and of ``cpus``, and what must hold in every state, or (``at_end``) when all threads have ended.
@@ -336,11 +346,15 @@ class TdHost(Fixed):
         That mirror and Secure EPT agree is asked only of a TD that is ``built``: before, a page is added in several
         steps without ``mmu_lock``. From here on time stands still: a TSC that moves would make every order of events a
         state of its own.
+
+        :param stays: whether TD and vCPUs are what they are: no SEAMCALL locks a TDR or TDVPR exclusively. The fewer
+            locks can be busy, the fewer states there are; a wrong claim is a violation.
         """
         module, vms = self.host.module, lambda: self.kvms
         module.hardware.inputs.tsc_step = 0
         td = module.td(self.kvm.tdr_page)
         td.epoch_lock = OneFailure(module.locks, td.epoch_lock.key, td.epoch_lock.label)
+        declare_always_shared(module.locks, self._always_shared(td, stays=stays))
         td.secure_ept_lock = OneFailure(module.locks, td.secure_ept_lock.key, td.secure_ept_lock.label)
         invariants = [no_bug(self.host, vms), *([mirror_agrees(vms)] if built else [])]
         places = [place if thread.cpu < 0 else thread.cpu for place, thread in enumerate(threads)]
@@ -355,6 +369,20 @@ class TdHost(Fixed):
         used = {*places, *cpus, *(vcpu.cpu for kvm in self.kvms for vcpu in kvm.vcpus)}
         contexts = self.host.interrupt_contexts()
         return Built(programs + [contexts[cpu] for cpu in sorted(used)], invariants, self.host)
+
+    def _always_shared(self, td: Td, *, stays: bool) -> set[Any]:
+        """The locks that only leaves for migration take exclusively, or for large pages, or for the life of the TD."""
+        found: set[Any] = {td.op_state_lock.key}
+        if not self.host.kernel.has("huge-pages"):
+            found |= {
+                pa | level
+                for tdmr in self.host.platform.tdmrs
+                for level in (Level.PD, Level.PDPT)
+                for pa in range(tdmr.base, tdmr.base + tdmr.size, level_size(level))
+            }
+        if stays:
+            found |= {td.pa, *(vcpu.tdvpr_page for vcpu in self.kvm.vcpus)}
+        return found
 
 
 async def _counted(ends: Ends, body: Call) -> Any:

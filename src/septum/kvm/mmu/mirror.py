@@ -11,7 +11,7 @@ from __future__ import annotations
 from errno import EBUSY
 from typing import TYPE_CHECKING
 
-from septum.core.steps import emit, require, step
+from septum.core.steps import ctx, emit, require, step
 from septum.kvm.mmu.roots import tdp_mmu_free_sp
 from septum.kvm.mmu.spte import (
     FROZEN_SPTE,
@@ -120,14 +120,13 @@ async def handle_changed_spte(kvm: Vm, found: Found, new: int, mirror: bool) -> 
     old, level = found.spte, found.level
     if old == new:
         return
-    emit("spte", f"gfn {found.gfn:#x} level {level} old_spte {old:x} new_spte {new:x}", mirror=mirror)
+    if ctx.trace is not None:
+        emit("spte", f"gfn {found.gfn:#x} level {level} old_spte {old:x} new_spte {new:x}", mirror=mirror)
     was_leaf = is_shadow_present_pte(old) and is_last_spte(old, level)
     is_leaf = is_shadow_present_pte(new) and is_last_spte(new, level)
-    require(
-        not (was_leaf and is_leaf and spte_to_pa(old) != spte_to_pa(new)),
-        "no leaf is replaced by another",
-        f"SPTE of gfn {found.gfn:#x} changes from {old:#x} to {new:#x}: the kernel stops (BUG)",
-    )
+    if was_leaf and is_leaf and spte_to_pa(old) != spte_to_pa(new):
+        why = f"SPTE of gfn {found.gfn:#x} changes from {old:#x} to {new:#x}: the kernel stops (BUG)"
+        require(False, "no leaf is replaced by another", why)
     if is_shadow_present_pte(old) and not was_leaf and not is_shadow_present_pte(new):
         await handle_removed_pt(kvm, spte_to_pa(old), mirror)
 

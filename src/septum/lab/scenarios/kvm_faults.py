@@ -37,7 +37,7 @@ def two_faults(kernel: str, vcpus: int, pages: int, tables: str, same: str) -> B
     """
     td = running_td(kernel, vcpus, tables=tables == "present")
     first = [0 if same == "yes" else index * pages * PAGE_4K for index in range(vcpus)]
-    return td.setting([accepts(td, index, gpa, pages) for index, gpa in enumerate(first)], built=True)
+    return td.setting([accepts(td, index, gpa, pages) for index, gpa in enumerate(first)], built=True, stays=True)
 
 
 @scenario(KERNEL, VCPUS, _SAME_PAGE)
@@ -49,7 +49,7 @@ def fault_vs_punch_hole(kernel: str, vcpus: int, same: str) -> Built:
     """
     td = running_td(kernel, vcpus)
     faults = [accepts(td, index, index * PAGE_4K) for index in range(vcpus)]
-    return td.setting([*faults, punches(td, 0 if same == "yes" else ELSEWHERE)], built=True)
+    return td.setting([*faults, punches(td, 0 if same == "yes" else ELSEWHERE)], built=True, stays=True)
 
 
 @scenario(KERNEL, VCPUS, Parameter("pages", 1, "pages that are zapped", 1, 4))
@@ -63,7 +63,7 @@ def zap_vs_accept(kernel: str, vcpus: int, pages: int) -> Built:
     for index in range(max(vcpus, pages)):
         td.make(td.pre_fault(index * PAGE_4K))
     guests = [accepts(td, index, index * PAGE_4K) for index in range(vcpus)]
-    return td.setting([*guests, punches(td, 0, pages)], built=True)
+    return td.setting([*guests, punches(td, 0, pages)], built=True, stays=True)
 
 
 @scenario(KERNEL, VCPUS, Parameter("exits", 2, "how often each vCPU leaves and enters", 1, 8))
@@ -78,7 +78,7 @@ def track_vs_enter(kernel: str, vcpus: int, exits: int) -> Built:
         td.thread(f"vCPU {index}", f"KVM_RUN of vCPU {index}", td.run_vcpu(index, partial(leave, exits)), returns=(0,))
         for index in range(vcpus)
     ]
-    return td.setting([*guests, punches(td, ELSEWHERE)], built=True)
+    return td.setting([*guests, punches(td, ELSEWHERE)], built=True, stays=True)
 
 
 @scenario(KERNEL, Parameter("moves", 1, "to how many other CPUs the thread moves", 1, 2))

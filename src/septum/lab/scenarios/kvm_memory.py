@@ -33,7 +33,7 @@ def fault_vs_memslot_delete(kernel: str, vcpus: int) -> Built:
     """
     td = running_td(kernel, vcpus)
     faults = [accepts(td, index, index * PAGE_4K, returns=(0, -EFAULT)) for index in range(vcpus)]
-    return td.setting([*faults, _deletes(td)], built=True)
+    return td.setting([*faults, _deletes(td)], built=True, stays=True)
 
 
 @scenario(KERNEL)
@@ -46,7 +46,7 @@ def prefault_vs_memslot_delete(kernel: str) -> Built:
     # -EFAULT and -ENOENT: the slot is gone already.
     allowed = (0, -EAGAIN, -EFAULT, -ENOENT)
     fault = td.thread("vCPU 0", "KVM_PRE_FAULT_MEMORY", td.pre_fault(0), returns=allowed)
-    return td.setting([fault, _deletes(td)], built=True)
+    return td.setting([fault, _deletes(td)], built=True, stays=True)
 
 
 @scenario(
@@ -68,7 +68,7 @@ def prefault_vs_fault(kernel: str, same: str, guest: str) -> Built:
         td.thread("vCPU 0", "KVM_RUN of vCPU 0", td.run_vcpu(0, script), returns=(0,)),
         td.thread("vCPU 1", "KVM_PRE_FAULT_MEMORY", td.pre_fault(gpa, 1), returns=(0,)),
     ]
-    return td.setting(threads, built=True)
+    return td.setting(threads, built=True, stays=True)
 
 
 @scenario(
@@ -90,7 +90,7 @@ def notifier_vs_fault(kernel: str, memory: str, same: str) -> Built:
         script = partial(accept, 0, 1)
     fault = td.thread("vCPU 0", "KVM_RUN of vCPU 0", td.run_vcpu(0, script), returns=(0,))
     gone = td.drop_shared(0 if same == "yes" else ELSEWHERE)
-    return td.setting([fault, td.thread("main", "madvise(MADV_DONTNEED)", gone, returns=(0,))], built=True)
+    return td.setting([fault, td.thread("main", "madvise(MADV_DONTNEED)", gone, returns=(0,))], built=True, stays=True)
 
 
 async def touch_shared(gpa: int, vcpu: Vcpu) -> None:
@@ -110,7 +110,7 @@ def conversion_vs_fault(kernel: str, to: str) -> Built:
         td.make(td.convert(0, private=False))
     fault = accepts(td, 0, 0, returns=(0, -EFAULT))
     change = td.thread("main", f"KVM_SET_MEMORY_ATTRIBUTES ({to})", td.convert(0, private=to == "private"))
-    return td.setting([fault, change], built=True)
+    return td.setting([fault, change], built=True, stays=True)
 
 
 @scenario(
@@ -134,4 +134,4 @@ def conversion_storm(kernel: str, vcpus: int, rounds: int) -> Built:
         )
         for index in range(vcpus)
     ]
-    return td.setting(threads, built=True)
+    return td.setting(threads, built=True, stays=True)
