@@ -33,11 +33,10 @@ from septum.kvm.signals import signal_pending
 from septum.tdx.state.memory import ZERO_PAGE
 
 if TYPE_CHECKING:
-    from septum.kvm.user_memory import UserPtr
     from septum.kvm.vm import Vm
 
-#: ``kvm_gmem_populate_cb``: gfn, page, where its content is; 0 or a negative errno.
-PostPopulate = Callable[[int, int, "UserPtr"], Coroutine[Step, None, int]]
+#: ``kvm_gmem_populate_cb``: gfn, page, the page that holds its content; 0 or a negative errno.
+PostPopulate = Callable[[int, int, int], Coroutine[Step, None, int]]
 
 
 def kvm_gmem_create(kvm: Vm, args: CreateGuestMemfd) -> File | int:
@@ -98,8 +97,12 @@ async def kvm_gmem_get_pfn(kvm: Vm, slot: Memslot, gfn: int) -> tuple[int, int]:
     return folio & ~UPTODATE, level
 
 
-async def kvm_gmem_populate(kvm: Vm, gfn: int, source: UserPtr, post_populate: PostPopulate) -> int:
+async def kvm_gmem_populate(kvm: Vm, gfn: int, source: int, post_populate: PostPopulate) -> int:
     """``kvm_gmem_populate`` for one page, with ``slots_lock`` held: how many pages were populated, or a negative errno.
+
+    The page of userspace at ``source`` is pinned with the file's invalidate lock held, which is wrong where ``source``
+    is a mapping of a guest_memfd file itself: ``mmap_lock`` comes before that lock. The fix "gup-before-gmem-lock" pins
+    it before.
 
     A page that is prepared already is refused with -EEXIST. That goes also for one that ``post_populate`` mapped before
     it failed, because mapping it prepared it: only after a hole is punched there can it be tried again.
@@ -111,13 +114,21 @@ async def kvm_gmem_populate(kvm: Vm, gfn: int, source: UserPtr, post_populate: P
     if file is None:
         return -EFAULT
     gmem: Gmem = file.private_data
-    async with gmem.invalidate_lock.write():
-        ret = await _populate(kvm, gmem, slot, gfn, source, post_populate)
+    pinned = await kvm.mm.get_user_pages_fast(source) if kvm.host.kernel.has("gup-before-gmem-lock") else 0
+    if pinned < 0:
+        ret = pinned
+    else:
+        async with gmem.invalidate_lock.write():
+            ret = await _populate(kvm, gmem, slot, gfn, source, pinned, post_populate)
+        if pinned:
+            kvm.host.pages.put(pinned)
     fput(kvm.host, file)
     return ret or 1
 
 
-async def _populate(kvm: Vm, gmem: Gmem, slot: Memslot, gfn: int, source: UserPtr, post_populate: PostPopulate) -> int:
+async def _populate(
+    kvm: Vm, gmem: Gmem, slot: Memslot, gfn: int, source: int, pinned: int, post_populate: PostPopulate
+) -> int:
     if signal_pending(kvm.host):
         return -EINTR
     index = kvm_gmem_get_index(slot, gfn)
@@ -129,7 +140,10 @@ async def _populate(kvm: Vm, gmem: Gmem, slot: Memslot, gfn: int, source: UserPt
     if not kvm_mem_is_private(kvm, gfn):
         return -EINVAL
     kvm.host.pages.get(folio)
-    ret = await post_populate(gfn, folio, source)
+    source_page = pinned or await kvm.mm.get_user_pages_fast(source)
+    ret = source_page if source_page < 0 else await post_populate(gfn, folio, source_page)
+    if source_page > 0 and not pinned:
+        kvm.host.pages.put(source_page)
     if not ret:
         mark_uptodate(gmem, index)
     kvm.host.pages.put(folio)

@@ -74,6 +74,18 @@ FIXES: Final[Mapping[str, Fix]] = {
             "private pages that the module has get no reference: guest_memfd alone says how long they live",
         ),
         Fix(
+            "page-add-in-set-spte",
+            "20251030200951.3402865-1-seanjc@google.com",
+            "v6.19",
+            "TDH.MEM.PAGE.ADD runs inside the change of the mirror SPTE, so that none is present without its page",
+        ),
+        Fix(
+            "gup-before-gmem-lock",
+            "hash and first release unverified",
+            "v6.19",
+            "the source of KVM_TDX_INIT_MEM_REGION is pinned before the guest_memfd file's invalidate lock is taken",
+        ),
+        Fix(
             "huge-pages",
             "20260106101646.24809-1-yan.y.zhao@intel.com",
             "not merged",
@@ -124,9 +136,18 @@ SITES: Final[Mapping[str, Site]] = {
     )
 }
 
-_MERGED: Final = frozenset({"flush-rechecks-cpu"})
+_MERGED: Final = {"map": "unwind", "zap": "kick-and-retry-once", "fault": "retry-locally"}
+_RELEASES: Final = ("v6.16", "v6.18", "v6.19")
+"""Mainline releases, from the one that TDX was merged in: each has the fixes of those before."""
+
+
+def _fixes_of(release: str) -> frozenset[str]:
+    until = _RELEASES[: _RELEASES.index(release) + 1]
+    return frozenset(fix.name for fix in FIXES.values() if fix.since in until)
+
+
 _PRESETS: Final[Mapping[str, tuple[Mapping[str, str], frozenset[str]]]] = {
-    "v6.16": ({"map": "unwind", "zap": "kick-and-retry-once", "fault": "retry-locally"}, _MERGED),
+    release: (_MERGED, _fixes_of(release)) for release in _RELEASES
 }
 
 

@@ -81,6 +81,8 @@ class Vm(Shared):
     tdcs_pages: tuple[int, ...] = ()
     """Those that the module has; an address is 0 once the page is freed."""
     nr_premapped: int = 0
+    page_add_src: int = 0
+    """The page whose content TDH.MEM.PAGE.ADD is to take (6.19); 0: none is being added."""
     wait_for_sept_zap: bool = False
     attributes: int = 0
     xfam: int = 0

@@ -241,3 +241,24 @@ async def kvm_tdp_map_page(vcpu: Vcpu, gpa: int, error_code: int) -> int:
         return -ENOENT
     vcpu.kvm.host.log.warn_on(True, "could not fix page fault during prefault")
     return -EIO
+
+
+async def kvm_tdp_mmu_map_private_pfn(vcpu: Vcpu, gfn: int, page: int) -> int:
+    """``kvm_tdp_mmu_map_private_pfn`` (6.19): maps a page of a TD that is being built, with ``slots_lock`` held.
+
+    0; -EINTR for a signal, -EIO for a VM that died, or where something is mapped already.
+    """
+    kvm = vcpu.kvm
+    fault = PageFault(gfn, PFERR_PRIVATE_ACCESS, gfn_to_memslot(kvm.memslots, gfn), prefetch=True)
+    fault.page = page
+    if r := mmu_topup_memory_caches(vcpu):
+        return r
+    while True:
+        if signal_pending(kvm.host):
+            return -EINTR
+        if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
+            return -EIO
+        async with kvm.mmu_lock.read():
+            r = await kvm_tdp_mmu_map(vcpu, fault)
+        if r != RetPf.RETRY:
+            return 0 if r == RetPf.FIXED else -EIO

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from septum.kvm.vm import Vm
     from septum.tdx.registers import Regs
 
+ADD_IN_SET_SPTE: Final = "page-add-in-set-spte"
 NOT_PRESENT_IN_SEPT: Final = with_operand(Status.TDX_EPT_ENTRY_STATE_INCORRECT, Operand.RCX)
 
 
@@ -61,7 +62,8 @@ def _put_pages(kvm: Vm, page: int, level: int) -> None:
 
 
 async def tdx_sept_set_private_spte(kvm: Vm, gfn: int, level: int, page: int) -> int:
-    """``tdx_sept_set_private_spte``: while the TD runs, the page is mapped; while it is built, only counted.
+    """``tdx_sept_set_private_spte``: while the TD runs, the page is mapped; while it is built, counted (until 6.18)
+    or added (6.19).
 
     The page gets a reference: it must not be freed while the module has it.
     """
@@ -73,6 +75,8 @@ async def tdx_sept_set_private_spte(kvm: Vm, gfn: int, level: int, page: int) ->
     await step("read", "TD state")
     if kvm.state == TdState.RUNNABLE:
         return await tdx_mem_page_aug(kvm, gfn, level, page)
+    if kvm.host.kernel.has(ADD_IN_SET_SPTE):
+        return await tdx_mem_page_add(kvm, gfn, page)
     return await tdx_mem_page_record_premap_cnt(kvm)
 
 
@@ -87,6 +91,17 @@ async def tdx_mem_page_aug(kvm: Vm, gfn: int, level: int, page: int) -> int:
         _put_pages(kvm, page, level)
         return -EIO
     return 0
+
+
+async def tdx_mem_page_add(kvm: Vm, gfn: int, page: int) -> int:
+    """``tdx_mem_page_add`` (6.19): the page gets the content of ``page_add_src``."""
+    if await kvm_bug_on(not kvm.page_add_src, kvm, "a page is added without a source"):
+        return -EIO
+    tdh = kvm.host.seamcalls
+    regs = await contend("map", kvm, lambda: tdh.tdh_mem_page_add(kvm.tdr_page, gfn << 12, page, kvm.page_add_src))
+    if tdx_operand_busy(regs.rax):
+        return -EBUSY
+    return -EIO if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_ADD", regs, "rcx", "rdx") else 0
 
 
 async def tdx_mem_page_record_premap_cnt(kvm: Vm) -> int:
@@ -135,7 +150,7 @@ async def tdx_sept_zap_private_spte(kvm: Vm, gfn: int, level: int, page: int) ->
 
 def tdx_is_sept_zap_err_due_to_premap(kvm: Vm, regs: Regs, level: int) -> bool:
     """``tdx_is_sept_zap_err_due_to_premap``: the mirror has the page, but TDH.MEM.PAGE.ADD has not happened."""
-    if kvm.state == TdState.RUNNABLE or regs.rax != NOT_PRESENT_IN_SEPT:
+    if kvm.state == TdState.RUNNABLE or regs.rax != NOT_PRESENT_IN_SEPT or kvm.host.kernel.has(ADD_IN_SET_SPTE):
         return False
     return not (is_last_spte(regs.rcx, level) and regs.rcx & RWX)
 
