@@ -55,7 +55,7 @@ def test_misuse(septum: Septum, options: tuple[str, ...], mend: str) -> None:
 def test_an_interrupted_exploration_goes_on(tmp_path: Path) -> None:
     command = [str(SEPTUM), "explore", "trylock", "--param", "rounds=3", "--json"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(1.0)
+    time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     output, _complaint = process.communicate()
     assert process.returncode == 130

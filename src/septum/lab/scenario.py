@@ -131,7 +131,7 @@ def scenario(*parameters: Parameter, level: int = CALLS) -> Callable[[Build], Sc
 
     def made(build: Build) -> Scenario:
         name = getattr(build, "__name__", "scenario").replace("_", "-")
-        title = (inspect.getdoc(build) or name).partition("\n")[0].rstrip(".")
+        title = (inspect.getdoc(build) or name).partition("\n")[0].rstrip(".").replace("``", "")
         return Scenario(name, title, build, parameters, level)
 
     return made
