@@ -20,6 +20,7 @@ from septum.arch.status import Status
 from septum.core.cells import Fixed, SharedMap
 from septum.core.steps import Violation, ctx, current_task, emit, step
 from septum.kvm.guest_protocol import external_interrupt
+from septum.kvm.module_faults import ModuleFault
 from septum.tdx.outcome import ModuleHalt
 from septum.tdx.registers import Regs
 from septum.tdx.vm_exit import VmExit
@@ -90,6 +91,8 @@ class Seamcalls(Fixed):
         self._counts: Counter[tuple[int, int]] = Counter()
         self._injections = {(i.leaf, i.occurrence): i for i in injections}
         self._made: SharedMap[int, int] = SharedMap("SEAMCALLs made", 0)
+        self.broken: tuple[ModuleFault, ...] = ()
+        """What the module gets wrong, from now on and for ever."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Calls made so far: ABI name of the leaf to name of the status (operands left out) to number."""
@@ -128,7 +131,7 @@ class Seamcalls(Fixed):
         text = _describe(leaf, regs) if ctx.trace is not None else ""
         if text:
             emit("call", text)
-        injection = self._injections and self._injected(leaf)
+        injection = self._changed(leaf)
         if not injection or injection.reaches:
             try:
                 await self._module.seamcall(current_task().cpu, regs)
@@ -139,6 +142,13 @@ class Seamcalls(Fixed):
         self._counts[leaf, regs.rax & status.CODE] += 1
         if text:
             emit("seamcall", f"{text} -> {_answer(regs.rax)}", leaf=leaf.abi_name, status=regs.rax)
+
+    def _changed(self, leaf: HostLeaf) -> Injection | ModuleFault | None:
+        """What is to come back instead of the module's answer."""
+        for fault in self.broken:
+            if fault.leaf == leaf and fault.cpu in (None, current_task().cpu):
+                return fault
+        return self._injected(leaf) if self._injections else None
 
     def _injected(self, leaf: HostLeaf) -> Injection | None:
         number = self._made[leaf] + 1
@@ -158,7 +168,7 @@ class Seamcalls(Fixed):
         text = f"TDH.VP.ENTER {cpu.vp}" if ctx.trace is not None else ""
         if text:
             emit("call", text)
-        injection = self._injections and self._injected(leaf)
+        injection = self._changed(leaf)
         if injection and not injection.reaches:
             regs.rax = injection.status
         else:

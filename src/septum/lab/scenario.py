@@ -153,6 +153,7 @@ _MODULES: Final = (
     "septum.lab.scenarios.kvm_lifetime",
     "septum.lab.scenarios.kvm_hugepages",
     "septum.lab.scenarios.kvm_zerostep",
+    "septum.lab.scenarios.kvm_module_faults",
 )
 
 

@@ -100,7 +100,9 @@ async def _with_state_locks(kvm: Vm, command: Callable[[], Coroutine[Step, None,
         if kvm.created_vcpus != len(kvm.vcpus):
             return -EBUSY
         held: list[Mutex] = []
-        for mutex in (*(vcpu.mutex for vcpu in kvm.vcpus), kvm.slots_lock):
+        # The kernel takes them as the vCPUs were created; kvm->lock, which nests them, makes the order immaterial.
+        vcpus = sorted(kvm.vcpus, key=lambda vcpu: vcpu.vcpu_id)
+        for mutex in (*(vcpu.mutex for vcpu in vcpus), kvm.slots_lock):
             await mutex.take(shared=False)
             held.append(mutex)
         ret = await command()

@@ -114,9 +114,12 @@ def tdx_map_gpa_chunk(vcpu: Vcpu) -> int:
 
 
 def tdx_complete_vmcall_map_gpa(vcpu: Vcpu) -> int:
-    """``tdx_complete_vmcall_map_gpa``: the next part, unless userspace refused or the guest has an interrupt."""
-    assert isinstance(vcpu.run.exit, HypercallExit)
-    if vcpu.run.exit.ret:
+    """``tdx_complete_vmcall_map_gpa``: the next part, unless userspace refused or the guest has an interrupt.
+
+    Another ioctl on the vCPU may have put its own exit into ``kvm_run`` meanwhile (KVM_PRE_FAULT_MEMORY that fails); it
+    leaves the word that ``ret`` is in as it was.
+    """
+    if isinstance(vcpu.run.exit, HypercallExit) and vcpu.run.exit.ret:
         set_args(vcpu, r11=vcpu.map_gpa_next)
         return tdvmcall_set_return_code(vcpu, TDVMCALL_STATUS_INVALID_OPERAND)
     vcpu.map_gpa_next += TDX_MAP_GPA_MAX_LEN
