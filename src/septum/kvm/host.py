@@ -77,6 +77,8 @@ class Host(Fixed):
         """Per task, files that it is to release on its way to userspace."""
         self.signals: SharedMap[str, bool] = SharedMap("signals", False)
         """Tasks that a signal is pending for."""
+        self.need_resched: SharedMap[int, bool] = SharedMap("need_resched", False)
+        """Per CPU, whether its thread should make way (TIF_NEED_RESCHED)."""
         self._made: dict[tuple[Any, ...], Any] = {}
         self.associated_tdvcpus: SharedMap[int, tuple[Vcpu, ...]] = SharedMap("associated_tdvcpus", ())
         """Per CPU, the vCPUs that may have state in it."""

@@ -12,6 +12,7 @@ from errno import EBADF, EFAULT, EIO, ENODEV, ENOMEM, ENOTTY
 from typing import TYPE_CHECKING, Any, Final
 
 from septum.core.cells import Fixed
+from septum.core.klocks import AtomicSection
 from septum.core.steps import Step, Task, current_task, step
 from septum.kvm import abi
 from septum.kvm.abi import CpuidEntry2, CreateGuestMemfd, MemoryAttributes, UserspaceMemoryRegion2
@@ -81,10 +82,19 @@ class Process(Fixed):
         async with self.mm.mmap_lock.read():
             return await self._take_pages(address, size, self.mm.discard)
 
-    async def _take_pages(self, address: int, size: int, take: Callable[[int, int], None]) -> int:
+    async def oom_reap(self, address: int, size: int) -> int:
+        """``__oom_reap_task_mm``: pages are taken by a thread that may not sleep while mmu notifiers run."""
+        if not self.mm.is_mapped(address, size):
+            return -ENOMEM
+        async with self.mm.mmap_lock.read(), AtomicSection("non_block section"):
+            return await self._take_pages(address, size, self.mm.discard, may_block=False)
+
+    async def _take_pages(
+        self, address: int, size: int, take: Callable[[int, int], None], *, may_block: bool = True
+    ) -> int:
         vms = self.mm.space.vms
         for kvm in vms:
-            await kvm_mmu_notifier_invalidate_range_start(kvm, address, address + size)
+            await kvm_mmu_notifier_invalidate_range_start(kvm, address, address + size, may_block=may_block)
         take(address, address + size)
         for kvm in vms:
             await kvm_mmu_notifier_invalidate_range_end(kvm)

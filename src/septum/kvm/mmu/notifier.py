@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from septum.kvm.vm import Vm
 
 
-async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int) -> None:
+async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int, *, may_block: bool) -> None:
     """``kvm_mmu_notifier_invalidate_range_start``: pages of addresses from ``start`` up to ``end`` are about to go.
 
-    Takes ``mmu_lock`` and nothing else. Never touches private memory.
+    Takes ``mmu_lock`` and nothing else, and does not let it go in between when it may not block. Never touches
+    private memory.
     """
     async with kvm.mmu_lock.write():
         kvm_mmu_invalidate_begin(kvm)
@@ -27,7 +28,7 @@ async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int)
             high = min(end, slot.userspace_addr + (slot.npages << 12))
             if low < high:
                 first = slot.base_gfn + (low - slot.userspace_addr >> 12)
-                gfns = GfnRange(slot, first, first + (high - low >> 12), Roots.DIRECT)
+                gfns = GfnRange(slot, first, first + (high - low >> 12), Roots.DIRECT, may_block)
                 kvm_mmu_invalidate_range_add(kvm, gfns.start, gfns.end)
                 flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
         if flush:

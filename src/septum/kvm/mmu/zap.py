@@ -9,6 +9,7 @@ from enum import Flag
 from typing import TYPE_CHECKING, NamedTuple
 
 from septum.core.klocks import AtomicSection
+from septum.core.steps import current_task
 from septum.kvm.mmu.mirror import tdp_mmu_set_spte
 from septum.kvm.mmu.roots import tdp_mmu_free_sp
 from septum.kvm.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SHADOW_NONPRESENT
@@ -16,6 +17,7 @@ from septum.kvm.mmu.walk import gfn_root_bits, present_sptes
 from septum.kvm.requests import KVM_REQ_TLB_FLUSH, kvm_make_all_cpus_request
 
 if TYPE_CHECKING:
+    from septum.kvm.host import Host
     from septum.kvm.memslot import Memslot
     from septum.kvm.vm import Vm
 
@@ -35,6 +37,7 @@ class GfnRange(NamedTuple):
     start: int
     end: int
     roots: Roots
+    may_block: bool = True
 
 
 def rcu_read_lock() -> AtomicSection:
@@ -54,39 +57,55 @@ def tables(kvm: Vm, roots: Roots) -> list[tuple[int, bool]]:
     return [table for table in wanted if table[0]]
 
 
-async def tdp_mmu_zap_leafs(kvm: Vm, root: int, mirror: bool, start: int, end: int, *, flush: bool) -> bool:
+async def tdp_mmu_zap_leafs(
+    kvm: Vm, root: int, mirror: bool, start: int, end: int, *, can_yield: bool, flush: bool
+) -> bool:
     """``tdp_mmu_zap_leafs``: unmaps the leaves of one page table in a range. Returns whether TLBs must be flushed.
 
-    Between two leaves it lets ``mmu_lock`` go when somebody waits for it, after a flush
-    (``tdp_mmu_iter_cond_resched``).
+    Between two leaves it may yield, with ``can_yield``.
     """
     at = start
     while True:
         async with rcu_read_lock():
-            at, flush = await _zap_leafs(kvm, root, mirror, at, end, flush)
+            at, flush = await _zap_leafs(kvm, root, mirror, at, end, can_yield, flush)
         if at == end:
             return flush
-        if flush:
-            await kvm_flush_remote_tlbs(kvm)
-            flush = False
-        await kvm.mmu_lock.resched()
+        flush = await tdp_mmu_iter_cond_resched(kvm, flush=flush)
 
 
-async def _zap_leafs(kvm: Vm, root: int, mirror: bool, start: int, end: int, flush: bool) -> tuple[int, bool]:
-    """Unmaps leaves until the end, or until it has come further than ``start`` and somebody waits for ``mmu_lock``."""
+async def _zap_leafs(
+    kvm: Vm, root: int, mirror: bool, start: int, end: int, can_yield: bool, flush: bool
+) -> tuple[int, bool]:
+    """Unmaps leaves until the end, or until it has come further than ``start`` and should yield."""
     at, bits = start, gfn_root_bits(kvm, mirror)
     while found := next(present_sptes(kvm, root, mirror, at, end, PG_LEVEL_4K, bits), None):
-        if found.gfn > start and kvm.mmu_lock.is_contended():
+        if can_yield and found.gfn > start and (need_resched(kvm.host) or kvm.mmu_lock.is_contended()):
             return found.gfn, flush
         await tdp_mmu_set_spte(kvm, found, SHADOW_NONPRESENT, mirror)
         at, flush = found.gfn + 1, True
     return end, flush
 
 
+def need_resched(host: Host) -> bool:
+    """``need_resched``: the scheduler wants the caller's CPU for another thread."""
+    return host.need_resched[current_task().cpu]
+
+
+async def tdp_mmu_iter_cond_resched(kvm: Vm, *, flush: bool) -> bool:
+    """``tdp_mmu_iter_cond_resched``, once it is found that it should yield: flushes what is unmapped so far, lets
+    ``mmu_lock`` go and takes it again. What the walk had read counts for nothing then. Whether TLBs must be flushed."""
+    if flush:
+        await kvm_flush_remote_tlbs(kvm)
+    kvm.host.need_resched.store(current_task().cpu, False)
+    await kvm.mmu_lock.resched()
+    return False
+
+
 async def kvm_unmap_gfn_range(kvm: Vm, gfns: GfnRange, *, flush: bool = False) -> bool:
-    """``kvm_unmap_gfn_range`` and ``kvm_tdp_mmu_unmap_gfn_range``: with ``mmu_lock`` held for write."""
+    """``kvm_unmap_gfn_range`` and ``kvm_tdp_mmu_unmap_gfn_range``: with ``mmu_lock`` held for write, which it lets go
+    in between if the range may block."""
     for root, mirror in tables(kvm, gfns.roots):
-        flush = await tdp_mmu_zap_leafs(kvm, root, mirror, gfns.start, gfns.end, flush=flush)
+        flush = await tdp_mmu_zap_leafs(kvm, root, mirror, gfns.start, gfns.end, can_yield=gfns.may_block, flush=flush)
     return flush
 
 
