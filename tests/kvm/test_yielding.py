@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from septum.core.run import run, solo
-from septum.core.steps import CALLS, Program, Task
+from septum.core.steps import CALLS, Program, Task, Violation
 from septum.kvm.abi import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from septum.kvm.arguments import Region
+from septum.kvm.mmu.mirror import tdp_mmu_set_spte
+from septum.kvm.mmu.spte import SHADOW_NONPRESENT
+from septum.kvm.mmu.walk import walk_to
 from tests.kvm.machines import Vmm
 
 PAGES = 8
@@ -59,3 +62,16 @@ def test_the_reaper_leaves_private_memory_alone() -> None:
     assert locked(vmm, "reaper")[0] == 0
     assert "TDH.MEM.RANGE.BLOCK" not in vmm.host.counts
     assert vmm.host.counts["TDH.MEM.PAGE.AUG"] == before
+
+
+def test_entries_change_only_in_rcu_read_sections() -> None:
+    vmm = mapped(private=True)
+    kvm = vmm.kvm
+    found = walk_to(kvm, kvm.mirror_root, True, GPA >> 12, 1)
+
+    async def careless() -> None:
+        async with kvm.mmu_lock.write():
+            await tdp_mmu_set_spte(kvm, found, SHADOW_NONPRESENT, True)
+
+    with pytest.raises(Violation, match="outside of an RCU read section"):
+        vmm.solo(careless)

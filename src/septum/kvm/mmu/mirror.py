@@ -9,9 +9,9 @@ Source: Linux 6.16, ``arch/x86/kvm/mmu/tdp_mmu.c``.
 from __future__ import annotations
 
 from errno import EBUSY
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from septum.core.steps import ctx, emit, require, step
+from septum.core.steps import ctx, current_task, emit, require, step
 from septum.kvm.mmu.roots import tdp_mmu_free_sp
 from septum.kvm.mmu.spte import (
     FROZEN_SPTE,
@@ -38,9 +38,23 @@ if TYPE_CHECKING:
     from septum.kvm.vm import Vm
 
 
+RCU_READ_SECTION: Final = "RCU read section"
+
+
+def rcu_dereference_check() -> None:
+    """``rcu_dereference(sptep)``: an entry's address is good only in the RCU read section that it was found in.
+
+    :raises Violation: outside of one.
+    """
+    task = current_task()
+    inside = RCU_READ_SECTION in task.atomic
+    require(inside, "RCU read section", f"{task.name} changes an SPTE outside of an RCU read section")
+
+
 async def tdp_mmu_set_spte_atomic(kvm: Vm, found: Found, new: int, mirror: bool) -> int:
     """``tdp_mmu_set_spte_atomic``: with ``mmu_lock`` held for read. 0, or -EBUSY when it has to be tried again, or what
     the SEAMCALL came to."""
+    rcu_dereference_check()
     kvm.host.log.warn_on(is_frozen_spte(found.spte), "a frozen SPTE is to be changed")
     if mirror and not is_frozen_spte(new):
         if await kvm_bug_on(not is_shadow_present_pte(new), kvm, "atomic zap of a mirror SPTE"):
@@ -77,6 +91,7 @@ async def set_external_spte_present(kvm: Vm, found: Found, new: int) -> int:
 
 async def tdp_mmu_set_spte(kvm: Vm, found: Found, new: int, mirror: bool) -> None:
     """``tdp_mmu_set_spte``: with ``mmu_lock`` held for write. A mirror entry can only be removed or split."""
+    rcu_dereference_check()
     frozen = is_frozen_spte(found.spte) or is_frozen_spte(new)
     kvm.host.log.warn_on(frozen, "a frozen SPTE under mmu_lock held for write")
     write_spte(kvm, found.sptep, new, mirror)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from septum.core.klocks import AtomicSection
 from septum.core.steps import current_task
-from septum.kvm.mmu.mirror import tdp_mmu_set_spte
+from septum.kvm.mmu.mirror import RCU_READ_SECTION, tdp_mmu_set_spte
 from septum.kvm.mmu.roots import tdp_mmu_free_sp
 from septum.kvm.mmu.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, SHADOW_NONPRESENT
 from septum.kvm.mmu.walk import gfn_root_bits, present_sptes
@@ -42,7 +42,7 @@ class GfnRange(NamedTuple):
 
 def rcu_read_lock() -> AtomicSection:
     """``rcu_read_lock`` to ``rcu_read_unlock``."""
-    return AtomicSection("RCU read section")
+    return AtomicSection(RCU_READ_SECTION)
 
 
 async def kvm_flush_remote_tlbs(kvm: Vm) -> None:
