@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from septum.lab.race_table import ALL_FIXES, STRATEGIES, VARIANTS, kvm_scenarios, row
+from septum.lab.race_table import FIXED, STRATEGIES, VARIANTS, kvm_scenarios, row
 from septum.lab.sampled import sample_runs
 from septum.lab.scenario import find_scenario
 from septum.lab.strategies import sampler
@@ -29,7 +29,7 @@ def test_the_table_has_all_scenarios_and_fixed_kernels_do_not_fail() -> None:
     failing = {
         (name, tuple(params.split()))
         for name, params, kernel, verdict, _, violations, *_ in ROWS
-        if kernel == "all fixes" and (verdict == "violated" or violations != "0")
+        if kernel == FIXED and (verdict == "violated" or violations != "0")
     }
     assert failing == {MODULE_RACE}
 
@@ -46,7 +46,7 @@ def test_the_first_seed_of_a_row_violates_its_property(
     name: str, params: tuple[str, ...], kernel: str, prop: str, first: str
 ) -> None:
     scenario = find_scenario(name)
-    values = scenario.values((*params, f"kernel={ALL_FIXES if kernel == 'all fixes' else kernel}"))
+    values = scenario.values((*params, f"kernel={kernel}"))
     strategy, seed = first.split()
     found = sample_runs(scenario, values, sampler(scenario, values, strategy), times=1, seed=int(seed))
     (ending,) = found.violations
@@ -56,7 +56,7 @@ def test_the_first_seed_of_a_row_violates_its_property(
 
 def test_a_row_is_what_was_found() -> None:
     scenario = find_scenario("finalize-race")
-    broken, fixed = (row(scenario, (), kernel, 40, 60) for kernel in ("v6.16", ALL_FIXES))
+    broken, fixed = (row(scenario, (), kernel, 40, 60) for kernel in ("v6.16", FIXED))
     assert (broken.verdict, broken.property, broken.first) == ("violated", "no KVM_BUG_ON", "random 1")
     assert 0 < broken.violations < broken.runs
     assert (fixed.verdict, fixed.property, fixed.violations, fixed.first) == ("proved", "", 0, "")
@@ -67,7 +67,7 @@ def test_a_row_is_what_was_found() -> None:
 def test_no_seed_fails_on_a_kernel_with_all_fixes(name: str, params: tuple[str, ...]) -> None:
     shard, shards = map(int, os.environ.get("SEPTUM_SHARD", "1/16").split("/"))
     scenario = find_scenario(name)
-    values = scenario.values((*params, f"kernel={ALL_FIXES}"))
+    values = scenario.values((*params, f"kernel={FIXED}"))
     begin, end = (1000 * part // shards for part in (shard - 1, shard))
     for strategy in STRATEGIES:
         choosers = sampler(scenario, values, strategy)
