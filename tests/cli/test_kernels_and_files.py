@@ -132,5 +132,5 @@ def test_changes_add_up() -> None:
     kernel = read_kernel(text)
     assert kernel.has("state-locks")
     assert not kernel.has("flush-rechecks-cpu")
-    assert kernel.policies["zap"] == "kick-without-flag"
+    assert kernel.policies["block"] == "kick-without-flag"
     assert kernel_and_policy(text) == ("v6.16,+state-locks,-flush-rechecks-cpu", "zap=kick-without-flag")

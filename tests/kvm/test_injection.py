@@ -172,6 +172,29 @@ def test_v6_19_fails_in_its_own_way() -> None:
     compare_kernel("v6.19", BUSY, WHEN_BUSY | V6_19 | {L.TDH_MEM_PAGE_ADD: UNNOTICED})
 
 
+V11_KEYID_LOST = Answer(0, bugged=True, leaks=21)
+"""The two pages of data of each kind are left too: the KeyID has gone through half of its release."""
+V11 = {
+    L.TDH_MEM_PAGE_ADD: Answer(EIO, bugged=True),
+    L.TDH_MNG_KEY_FREEID: V11_KEYID_LOST,
+    L.TDH_PHYMEM_CACHE_WB: V11_KEYID_LOST,
+}
+"""What differs in v11, which releases the KeyID before the pages."""
+
+
+def test_v11_fails_in_its_own_way() -> None:
+    compare_kernel("v11-2023", HARD, WHEN_HARD | V11)
+    busy = {
+        L.TDH_MEM_PAGE_ADD: UNNOTICED,
+        L.TDH_VP_ENTER: Answer(INTERNAL_ERROR),  # only the tree lock's BUSY is let pass
+        L.TDH_PHYMEM_PAGE_WBINVD: UNNOTICED,
+        L.TDH_PHYMEM_PAGE_RECLAIM: UNNOTICED,
+        L.TDH_MEM_RANGE_BLOCK: WHEN_HARD[L.TDH_MEM_RANGE_BLOCK],
+        L.TDH_MEM_PAGE_REMOVE: WHEN_HARD[L.TDH_MEM_PAGE_REMOVE],
+    }
+    compare_kernel("v11-2023", BUSY, WHEN_BUSY | V11 | busy)
+
+
 def test_a_life_makes_every_kind_of_call() -> None:
     assert set(calls()) == set(WHEN_HARD)
 

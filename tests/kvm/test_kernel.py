@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from septum.arch.errors import UsageError
-from septum.kvm.contention import POLICIES
-from septum.kvm.kernel import FIXES, SITES, Kernel, kernels
+from septum.kvm.contention import POLICIES, WITH_PARAMETER
+from septum.kvm.kernel import DESIGNS, FIXES, GROUPS, SITES, Kernel, kernels
+from septum.kvm.tdx.run import RERUNS
 
 
 def test_presets() -> None:
@@ -17,16 +18,19 @@ def test_presets() -> None:
     for name in kernels():
         kernel = Kernel(name)
         assert kernel.policies.keys() == SITES.keys()
-        assert all(policy in SITES[site].policies for site, policy in kernel.policies.items())
+        assert all(SITES[site].allows(policy) for site, policy in kernel.policies.items())
         assert kernel.fixes is not None
         assert kernel.fixes <= FIXES.keys()
 
 
 def test_every_policy_has_code() -> None:
-    """Those of faults and of accepts are in their handlers; the others wrap a SEAMCALL."""
-    handlers = ("fault", "accept")
+    """Those of faults, of accepts, of entries and of keys are in their handlers; the others wrap a SEAMCALL."""
+    handlers = ("fault", "accept", "enter", "key-config")
     named = {policy for site in SITES.values() if site.name not in handlers for policy in site.policies}
-    assert named == POLICIES.keys()
+    plain = {policy for policy in named if ":" not in policy}
+    assert plain == POLICIES.keys()
+    assert {policy.partition(":")[0] for policy in named - plain} == WITH_PARAMETER.keys()
+    assert set(SITES["enter"].policies) == RERUNS.keys()
 
 
 def test_fixes() -> None:
@@ -39,9 +43,16 @@ def test_fixes() -> None:
 
 def test_policies() -> None:
     kernel = Kernel().with_policy("zap", "once")
-    assert kernel.policies["zap"] == "once"
+    assert {kernel.policies[site] for site in GROUPS["zap"]} == {"once"}
     assert kernel != Kernel()
+    assert kernel.with_policy("track", "loop").policies["block"] == "once"
     assert kernel.with_policy("zap", "kick-and-retry-once") == Kernel()
+
+
+def test_designs_choose_at_the_contended_sites() -> None:
+    chosen = [Kernel().with_design(design) for design in DESIGNS]
+    assert len(set(chosen)) == len(DESIGNS)
+    assert Kernel().with_design("kick") == Kernel()
 
 
 def test_kernels_are_values() -> None:
@@ -56,6 +67,12 @@ UNKNOWN: list[tuple[Callable[[], Kernel], str]] = [
     (lambda: Kernel().without("nothing"), "no fix 'nothing'"),
     (lambda: Kernel().without("state-locks"), "does not have the fix state-locks; it has: flush-rechecks-cpu"),
     (lambda: Kernel().with_policy("nowhere", "once"), "no call site 'nowhere'"),
+    (lambda: Kernel().with_policy("map", "retry:"), "'retry:' cannot be used at call site map"),
+    (lambda: Kernel().with_policy("map", "retry:-1"), "cannot be used"),
+    (lambda: Kernel().with_policy("map", "retry:10001"), "cannot be used"),
+    (lambda: Kernel().with_policy("map", "loop-on:NOTHING"), "cannot be used"),
+    (lambda: Kernel().with_policy("map", "retry:N"), "cannot be used"),
+    (lambda: Kernel().with_design("hope"), "no design 'hope'; there are: retry-exact, retry, "),
     (lambda: Kernel().with_policy("zap", "re-enter"), "cannot be used at call site zap; there are: kick"),
 ]
 

@@ -43,7 +43,41 @@ def _platforms() -> list[dict[str, Any]]:
     ]
 
 
-KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {"scenarios": _scenarios, "platforms": _platforms}
+def _kernels() -> list[dict[str, Any]]:
+    from septum.kvm.kernel import SITES, Kernel, kernels
+
+    found = []
+    for kernel in map(Kernel, kernels()):
+        unusual = {name: policy for name, policy in kernel.policies.items() if policy != SITES[name].policies[0]}
+        found.append({"name": kernel.name, "fixes": sorted(kernel.fixes or ()), "policies": unusual})
+    return found
+
+
+def _fixes() -> list[dict[str, Any]]:
+    from septum.kvm.kernel import FIXES
+
+    return [
+        {"name": fix.name, "since": fix.since, "commit": fix.commit, "does": fix.does}
+        for fix in sorted(FIXES.values(), key=lambda fix: fix.since)
+    ]
+
+
+def _policies() -> list[dict[str, Any]]:
+    from septum.kvm.kernel import DESIGNS, GROUPS, SITES
+
+    designs = [{"name": name, "kind": "design", "policies": dict(sites)} for name, sites in DESIGNS.items()]
+    sites = [{"name": site.name, "kind": "call site", "policies": site.policies} for site in SITES.values()]
+    groups = [{"name": name, "kind": "call sites", "policies": members} for name, members in GROUPS.items()]
+    return designs + sites + groups
+
+
+KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "scenarios": _scenarios,
+    "platforms": _platforms,
+    "kernels": _kernels,
+    "fixes": _fixes,
+    "policies": _policies,
+}
 """What can be listed, and what is known of each thing."""
 
 
@@ -52,7 +86,7 @@ def list_(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """List what there is: scenarios to run and explore, platforms to run on."""
+    """List what there is: scenarios to run and explore, platforms, kernels and what can be changed in them."""
     from septum.report.tables import Table
 
     if kind not in KINDS:
@@ -69,4 +103,6 @@ def list_(
 def _cell(key: str, value: Any) -> object:
     if isinstance(value, dict):
         return " ".join(f"{name}={default}" for name, default in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(value)
     return f"{value / (1 << 30):,.1f} GiB" if key.endswith("memory") else value

@@ -14,7 +14,9 @@ Letting go is no step of its own: nobody can tell at which moment a lock that on
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from types import FrameType
 from typing import ClassVar, TypeVar
 
 from septum.core.cells import Shared
@@ -31,8 +33,24 @@ def might_sleep(what: object) -> None:
             False,
             "no sleep in atomic context",
             f"{task.name} may sleep in {what}, but holds {', '.join(task.atomic)}"
-            f" (all locks: {', '.join(task.held) or 'none'})",
+            f" (all locks: {', '.join(task.held) or 'none'}; called through {call_path()})",
         )
+
+
+def call_path() -> str:
+    """The functions of the model that the current task is in, outermost first."""
+    names: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if (
+            module.startswith("septum.")
+            and not module.startswith("septum.core.")
+            and not frame.f_code.co_name.startswith("<")
+        ):
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return " > ".join(reversed(names)) or "no model code"
 
 
 def forbid_sleep(reason: str) -> None:

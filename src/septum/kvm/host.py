@@ -18,6 +18,7 @@ from septum.kvm.ipi import Ipis
 from septum.kvm.kernel import Kernel
 from septum.kvm.kernel_log import KernelLog
 from septum.kvm.pages import HostPages
+from septum.kvm.returns import SeamcallReturns
 from septum.kvm.seamcall import Injection, Seamcalls
 from septum.kvm.sysinfo import SysInfo
 from septum.tdx.module import Module
@@ -65,7 +66,9 @@ class Host(Fixed):
         self.module = module or Module(platform, features=features)
         self.log = KernelLog()
         self.pages = HostPages(self.module)
-        self.seamcalls = Seamcalls(self.module, injections)
+        self.seamcall_returns = SeamcallReturns("SEAMCALL waitqueue")
+        sleepers = self.seamcall_returns if "waitqueue" in self.kernel.policies.values() else None
+        self.seamcalls = Seamcalls(self.module, injections, sleepers)
         self.cpus = [Cpu(f"CPU{index}", index=index) for index in range(platform.num_lps)]
         self.ipis = Ipis(self.cpus)
         self.state = Global("kernel")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from septum.arch.errors import UsageError
+from septum.arch.operands import Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,23 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place where KVM meets contention, and the policies that can be used there, the usual one first."""
+    """A place where KVM meets contention, and the policies that can be used there, the usual one first.
+
+    ``N`` and ``OPERAND`` behind a colon stand for a number and the name of an operand.
+    """
 
     name: str
     policies: tuple[str, ...]
     does: str
+
+    def allows(self, policy: str) -> bool:
+        """Whether a policy, its parameter filled in, can be used here."""
+        kind, colon, parameter = policy.partition(":")
+        if not colon:
+            return policy in self.policies
+        return (f"{kind}:N" in self.policies and parameter.isdecimal() and int(parameter) <= MAX_RETRIES) or (
+            f"{kind}:OPERAND" in self.policies and parameter in Operand.__members__
+        )
 
 
 FIXES: Final[Mapping[str, Fix]] = {
@@ -58,6 +71,24 @@ FIXES: Final[Mapping[str, Fix]] = {
             "15945e9ec195",
             "v6.19",
             "ioctls that change a TD's state hold kvm->lock, every vcpu->mutex and slots_lock",
+        ),
+        Fix(
+            "freeze-external-spte",
+            "merge of v6.16",
+            "v6.16",
+            "a mirror SPTE is FROZEN_SPTE while the SEAMCALL for it runs, so that others wait for what becomes of it",
+        ),
+        Fix(
+            "hkid-outlives-mm",
+            "merge of v6.16",
+            "v6.16",
+            "the KeyID is released when the VM is destroyed, not when the process's memory goes",
+        ),
+        Fix(
+            "vp-init-x2apic-id",
+            "merge of v6.16",
+            "v6.16",
+            "TDH.VP.INIT is called in version 1, with the x2APIC id; that takes the TDR exclusively",
         ),
         Fix("mr-extend-bugs-vm", "ad44aa4c5d3f", "v6.19", "a TDH.MR.EXTEND that fails bugs the VM"),
         Fix(
@@ -118,15 +149,26 @@ FIXES: Final[Mapping[str, Fix]] = {
     )
 }
 
+MAX_RETRIES: Final = 10_000
+_ANYWHERE: Final = ("retry:N", "retry-exact:N", "loop", "loop-on:OPERAND", "waitqueue", "needbreak")
+_IN_ZAPS: Final = ("kick-and-retry-once", "kick-without-flag", "once", *_ANYWHERE)
 SITES: Final[Mapping[str, Site]] = {
     site.name: site
     for site in (
-        Site("map", ("unwind",), "TDH.MEM.SEPT.ADD and TDH.MEM.PAGE.AUG on behalf of a fault, mmu_lock held for read"),
         Site(
-            "zap",
-            ("kick-and-retry-once", "kick-without-flag", "once"),
-            "TDH.MEM.RANGE.BLOCK, TDH.MEM.TRACK and TDH.MEM.PAGE.REMOVE, mmu_lock held for write",
+            "map",
+            ("unwind", *_ANYWHERE, "kick-and-retry-once"),
+            "TDH.MEM.SEPT.ADD and TDH.MEM.PAGE.AUG on behalf of a fault, mmu_lock held for read",
         ),
+        Site("build", ("unwind", *_ANYWHERE), "TDH.MEM.PAGE.ADD of KVM_TDX_INIT_MEM_REGION"),
+        Site("block", _IN_ZAPS, "TDH.MEM.RANGE.BLOCK, mmu_lock held for write"),
+        Site("track", _IN_ZAPS, "TDH.MEM.TRACK, mmu_lock held for write"),
+        Site("remove", _IN_ZAPS, "TDH.MEM.PAGE.REMOVE, mmu_lock held for write"),
+        Site("demote", _IN_ZAPS, "TDH.MEM.PAGE.DEMOTE, mmu_lock held for write"),
+        Site("wbinvd", ("once", *_ANYWHERE), "TDH.PHYMEM.PAGE.WBINVD of a page that was removed"),
+        Site("reclaim", ("once", *_ANYWHERE), "TDH.PHYMEM.PAGE.RECLAIM of a TD without KeyID"),
+        Site("key-config", ("give-up", "try-on"), "TDH.MNG.KEY.CONFIG that fails with TDX_KEY_GENERATION_FAILED"),
+        Site("enter", ("rerun", "rerun-tree-only"), "TDH.VP.ENTER: which BUSY is no error; the vCPU enters again"),
         Site("fault", ("retry-locally", "re-enter"), "a private EPT violation that could not be resolved"),
         Site(
             "accept",
@@ -136,7 +178,27 @@ SITES: Final[Mapping[str, Site]] = {
     )
 }
 
-_MERGED: Final = {"map": "unwind", "zap": "kick-and-retry-once", "fault": "retry-locally"}
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {"zap": ("block", "track", "remove", "demote")}
+"""Call sites that can be named together."""
+_MERGED: Final[Mapping[str, str]] = {}
+"""What was merged for 6.16 is the usual policy everywhere."""
+_V11: Final = {
+    "map": "retry-exact:16",
+    "build": "retry-exact:16",
+    "block": "retry-exact:16",
+    "track": "loop",
+    "remove": "loop-on:SEPT_TREE",
+    "demote": "retry-exact:16",
+    "wbinvd": "loop-on:RCX",
+    "reclaim": "loop-on:RCX",
+    "key-config": "try-on",
+    "enter": "rerun-tree-only",
+    "fault": "re-enter",
+}
+"""The v11 series of January 2023 (018 and 056, 68fa413e61d7.1673539699.git.isaku.yamahata@intel.com), and v13 (056,
+20795cbc7d7e) for the loops of ``tdx_track``, ``tdx_sept_drop_private_spte`` and ``tdx_reclaim_page``."""
+_IN_V11: Final = frozenset({"flush-rechecks-cpu", "page-add-in-set-spte"})
+"""v11 adds initial pages from ``tdx_sept_set_private_spte`` already, from ``kvm_tdx->source_pa``."""
 _RELEASES: Final = ("v6.16", "v6.18", "v6.19")
 """Mainline releases, from the one that TDX was merged in: each has the fixes of those before."""
 
@@ -147,8 +209,21 @@ def _fixes_of(release: str) -> frozenset[str]:
 
 
 _PRESETS: Final[Mapping[str, tuple[Mapping[str, str], frozenset[str]]]] = {
-    release: (_MERGED, _fixes_of(release)) for release in _RELEASES
+    "v11-2023": (_V11, _IN_V11),
+    **{release: (_MERGED, _fixes_of(release)) for release in _RELEASES},
 }
+
+DESIGNS: Final[Mapping[str, Mapping[str, str]]] = {
+    "retry-exact": {"map": "retry-exact:16", "build": "retry-exact:16", "zap": "retry-exact:16", "fault": "re-enter"},
+    "retry": {"map": "retry:16", "build": "retry:16", "zap": "retry:16", "fault": "re-enter"},
+    "unwind-and-refault": {"map": "unwind", "build": "unwind", "zap": "once", "fault": "re-enter"},
+    "local-retry": {"map": "unwind", "build": "unwind", "zap": "once", "fault": "retry-locally"},
+    "kick": {"map": "unwind", "build": "unwind", "zap": "kick-and-retry-once", "fault": "retry-locally"},
+    "wait": {"map": "waitqueue", "build": "waitqueue", "zap": "waitqueue", "fault": "re-enter"},
+    "break": {"map": "needbreak", "build": "needbreak", "zap": "needbreak", "fault": "re-enter"},
+}
+"""The designs of the founding thread and after it, as policies at all sites. "Lock everything first" is no policy but
+fixes of 6.19, in kernel ``v6.19``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +277,26 @@ class Kernel:
 
         :raises UsageError: for an unknown site, or a policy that it cannot have.
         """
-        if site not in SITES:
-            raise UsageError(f"there is no call site {site!r}; there are: {', '.join(SITES)}")
-        if policy not in SITES[site].policies:
-            known = ", ".join(SITES[site].policies)
-            raise UsageError(f"policy {policy!r} cannot be used at call site {site}; there are: {known}")
-        return replace(self, policies={**self.policies, site: policy})
+        chosen = GROUPS.get(site, (site,))
+        for name in chosen:
+            if name not in SITES:
+                raise UsageError(f"there is no call site {name!r}; there are: {', '.join((*SITES, *GROUPS))}")
+            if not SITES[name].allows(policy):
+                known = ", ".join(SITES[name].policies)
+                raise UsageError(f"policy {policy!r} cannot be used at call site {site}; there are: {known}")
+        return replace(self, policies={**self.policies, **dict.fromkeys(chosen, policy)})
+
+    def with_design(self, design: str) -> Kernel:
+        """This kernel with the policies of one of :data:`DESIGNS`.
+
+        :raises UsageError: for a name that is no design.
+        """
+        if design not in DESIGNS:
+            raise UsageError(f"there is no design {design!r}; there are: {', '.join(DESIGNS)}")
+        kernel = self
+        for site, policy in DESIGNS[design].items():
+            kernel = kernel.with_policy(site, policy)
+        return kernel
 
 
 def kernels() -> tuple[str, ...]:

@@ -81,7 +81,8 @@ async def kvm_put_kvm(kvm: Vm) -> None:
 async def kvm_destroy_vm(kvm: Vm) -> None:
     """``kvm_destroy_vm`` and ``kvm_arch_destroy_vm``."""
     emit("vm", f"{kvm} is destroyed")
-    await tdx_mmu_release_hkid(kvm)
+    if kvm.host.kernel.has("hkid-outlives-mm") or not kvm.shadow_flushed:
+        await tdx_mmu_release_hkid(kvm)
     kvm.mm.unregister(kvm)
     await kvm_mmu_zap_all(kvm)
     for vcpu in kvm.vcpus:

@@ -23,8 +23,11 @@ from septum.kvm.files import File, FileTable, fput, task_work_run
 from septum.kvm.gmem import kvm_gmem_create, kvm_gmem_fallocate
 from septum.kvm.lifetime import kvm_create_vm, kvm_vm_ioctl_create_vcpu, vcpu_load
 from septum.kvm.memslots import kvm_vm_ioctl_set_memory_region
-from septum.kvm.mmu.notifier import kvm_mmu_notifier_invalidate_range_end, kvm_mmu_notifier_invalidate_range_start
-from septum.kvm.mmu.zap import kvm_mmu_zap_all
+from septum.kvm.mmu.notifier import (
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+    kvm_mmu_notifier_release,
+)
 from septum.kvm.posted import kvm_send_userspace_msi
 from septum.kvm.prefault import kvm_vcpu_pre_fault_memory
 from septum.kvm.run import kvm_arch_vcpu_ioctl_run
@@ -247,7 +250,7 @@ class Process(Fixed):
     async def exit(self) -> None:
         """The process ends: its memory goes, then its files, lowest descriptor first."""
         for kvm in self.mm.space.vms:
-            await kvm_mmu_zap_all(kvm)
+            await kvm_mmu_notifier_release(kvm)
         for start, end in self.mm.space.areas:
             self.mm.unmap(start, end)
         for fd in self.files.open_fds():

@@ -27,6 +27,7 @@ from septum.tdx.vm_exit import VmExit
 
 if TYPE_CHECKING:
     from septum.kvm.guest_protocol import Guest, GuestCpu
+    from septum.kvm.returns import SeamcallReturns
     from septum.tdx.module import Module
     from septum.tdx.state.platform import Lp
 
@@ -86,8 +87,12 @@ class Seamcalls(Fixed):
     Counts and calls are for reports; the model reads only ``_made``, and only when there are injections.
     """
 
-    def __init__(self, module: Module, injections: Iterable[Injection] = ()) -> None:
+    def __init__(
+        self, module: Module, injections: Iterable[Injection] = (), returns: SeamcallReturns | None = None
+    ) -> None:
+        """:param returns: who is to be woken when a SEAMCALL returns; None: nobody ever waits for that."""
         self._module = module
+        self._returns = returns
         self._counts: Counter[tuple[int, int]] = Counter()
         self._injections = {(i.leaf, i.occurrence): i for i in injections}
         self._made: SharedMap[int, int] = SharedMap("SEAMCALLs made", 0)
@@ -139,6 +144,8 @@ class Seamcalls(Fixed):
                 raise Violation("the module never halts", f"{leaf.abi_name}: {halt}") from None
         if injection:
             regs.rax = injection.status
+        if self._returns is not None:
+            self._returns.wake()
         self._counts[leaf, regs.rax & status.CODE] += 1
         if text:
             emit("seamcall", f"{text} -> {_answer(regs.rax)}", leaf=leaf.abi_name, status=regs.rax)
@@ -184,6 +191,8 @@ class Seamcalls(Fixed):
             regs = left
             if injection:
                 regs.rax = injection.status
+        if self._returns is not None:
+            self._returns.wake()
         self._counts[leaf, _reason_or_code(regs.rax)] += 1
         if text:
             emit("seamcall", f"{text} -> {_answer(regs.rax)}", leaf=leaf.abi_name, status=regs.rax)
@@ -238,8 +247,10 @@ class Seamcalls(Fixed):
         """Gives the vCPU a page for its control structure."""
         return await self(HostLeaf.TDH_VP_ADDCX, Regs(HostLeaf.TDH_VP_ADDCX, page, tdvpr))
 
-    async def tdh_vp_init(self, tdvpr: int, initial_rcx: int, x2apicid: int) -> Regs:
-        """Initialises the vCPU (version 1: with its x2APIC id)."""
+    async def tdh_vp_init(self, tdvpr: int, initial_rcx: int, x2apicid: int | None) -> Regs:
+        """Initialises the vCPU (version 1: with its x2APIC id; version 0, without, takes the TDR shared)."""
+        if x2apicid is None:
+            return await self(HostLeaf.TDH_VP_INIT, Regs(HostLeaf.TDH_VP_INIT, tdvpr, initial_rcx))
         rax = HostLeaf.TDH_VP_INIT | _VERSION_1
         return await self(HostLeaf.TDH_VP_INIT, Regs(rax, tdvpr, initial_rcx, x2apicid))
 

@@ -1,7 +1,8 @@
 """Kernels by text, as parameters of scenarios and options of commands name them.
 
 ``v6.16`` is a preset; changes to it follow after commas: ``+FIX`` or ``-FIX`` for a fix that it gets or loses,
-``SITE=POLICY`` for another contention policy at a call site. ``v6.16,+state-locks,zap=once`` has one of each.
+``SITE=POLICY`` for another contention policy at a call site, ``design=NAME`` for the policies of a whole design.
+``v6.16,+state-locks,zap=once`` has one of each.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from septum.arch.errors import UsageError
-from septum.kvm.kernel import SITES, Kernel
+from septum.kvm.kernel import DESIGNS, GROUPS, SITES, Kernel
 
 DEFAULT: Final = "v6.16"
+DESIGN: Final = "design"
 
 
 def read_kernel(text: str) -> Kernel:
@@ -28,6 +30,8 @@ def read_kernel(text: str) -> Kernel:
             kernel = kernel.with_(change[1:])
         elif change.startswith("-"):
             kernel = kernel.without(change[1:])
+        elif equals and site == DESIGN:
+            kernel = kernel.with_design(policy)
         elif equals:
             kernel = kernel.with_policy(site, policy)
         else:
@@ -54,7 +58,10 @@ def kernel_and_policy(text: str) -> tuple[str, str | None]:
 def _with_site(policy: str) -> str:
     if "=" in policy:
         return policy
-    sites = [site.name for site in SITES.values() if policy in site.policies]
+    if policy in DESIGNS:
+        return f"{DESIGN}={policy}"
+    sites = [site.name for site in SITES.values() if site.allows(policy)]
+    sites = next(([group] for group, members in GROUPS.items() if set(members) == set(sites)), sites)
     if len(sites) == 1:
         return f"{sites[0]}={policy}"
     if sites:

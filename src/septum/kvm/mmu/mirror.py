@@ -77,7 +77,8 @@ async def set_external_spte_present(kvm: Vm, found: Found, new: int) -> int:
     await step("cmpxchg SPTE of gfn", found.gfn)
     if kvm.mirror_sptes[found.sptep] != found.spte:
         return -EBUSY
-    kvm.mirror_sptes[found.sptep] = FROZEN_SPTE
+    # Before the merge the new value was there at once, for others to see, while the SEAMCALL was still to come.
+    kvm.mirror_sptes[found.sptep] = FROZEN_SPTE if kvm.host.kernel.has("freeze-external-spte") else new
     if splits:
         r = await split_external_spte(kvm, found, new, shared=True)
     elif is_last_spte(new, found.level):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from septum.kvm.mmu.invalidate import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end, kvm_mmu_invalidate_range_add
-from septum.kvm.mmu.zap import GfnRange, Roots, kvm_flush_remote_tlbs, kvm_unmap_gfn_range
+from septum.kvm.mmu.zap import GfnRange, Roots, kvm_flush_remote_tlbs, kvm_mmu_zap_all, kvm_unmap_gfn_range
+from septum.kvm.tdx.keys import tdx_mmu_release_hkid
 
 if TYPE_CHECKING:
     from septum.kvm.vm import Vm
@@ -33,6 +34,15 @@ async def kvm_mmu_notifier_invalidate_range_start(kvm: Vm, start: int, end: int,
                 flush = await kvm_unmap_gfn_range(kvm, gfns) or flush
         if flush:
             await kvm_flush_remote_tlbs(kvm)
+
+
+async def kvm_mmu_notifier_release(kvm: Vm) -> None:
+    """``kvm_mmu_notifier_release``: the process's memory goes. Before the fix "hkid-outlives-mm" the KeyID goes with it
+    (``kvm_flush_shadow_all_private`` of the v11 series), whatever guest_memfd files are still open."""
+    if not kvm.host.kernel.has("hkid-outlives-mm"):
+        await tdx_mmu_release_hkid(kvm)
+        kvm.shadow_flushed = True
+    await kvm_mmu_zap_all(kvm)
 
 
 async def kvm_mmu_notifier_invalidate_range_end(kvm: Vm) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from septum.arch.pages import PAGE_4K
 from septum.core.steps import step
 from septum.kvm.abi import KVM_TDX_MEASURE_MEMORY_REGION, TdxInitMemRegion
+from septum.kvm.contention import contend
 from septum.kvm.contention.busy import tdx_operand_busy
 from septum.kvm.gmem import kvm_gmem_populate
 from septum.kvm.mmu.fault import PFERR_PRIVATE_ACCESS, kvm_tdp_map_page, kvm_tdp_mmu_map_private_pfn
@@ -85,7 +86,8 @@ class _PostPopulate:
         ret = await kvm_tdp_map_page(vcpu, gfn << 12, PFERR_PRIVATE_ACCESS)
         if ret < 0:
             return ret
-        regs = await kvm.host.seamcalls.tdh_mem_page_add(kvm.tdr_page, gfn << 12, page, source_page)
+        tdh = kvm.host.seamcalls
+        regs = await contend("build", kvm, lambda: tdh.tdh_mem_page_add(kvm.tdr_page, gfn << 12, page, source_page))
         if regs.rax:
             return -EBUSY if tdx_operand_busy(regs.rax) else -EIO
         await step("write", "nr_premapped")

@@ -9,6 +9,7 @@ from errno import EIO
 from typing import TYPE_CHECKING, Any, Final
 
 from septum.arch.status import Status
+from septum.kvm.contention import contend
 from septum.kvm.tdx.associate import tdx_flush_vp_on_cpu
 from septum.kvm.vm import seamcall_bug_on
 from septum.tdx.state.memory import ZERO_PAGE
@@ -21,29 +22,30 @@ if TYPE_CHECKING:
 TDX_SEAMCALL_RETRIES: Final = 10_000
 
 
-async def tdx_reclaim_page_uncleared(host: Host, page: int) -> int:
-    """``__tdx_reclaim_page``: no retry, nobody can contend for a page of a TD without KeyID. 0 or -EIO."""
-    regs = await host.seamcalls.tdh_phymem_page_reclaim(page)
+async def tdx_reclaim_page_uncleared(kvm: Vm, page: int) -> int:
+    """``__tdx_reclaim_page``: 0 or -EIO. Since 6.16 no retry: nobody can contend for a page of a TD without KeyID."""
+    host = kvm.host
+    regs = await contend("reclaim", kvm, lambda: host.seamcalls.tdh_phymem_page_reclaim(page))
     if host.log.warn_on(regs.rax, "TDH_PHYMEM_PAGE_RECLAIM failed"):
         host.log.seamcall_failed("TDH_PHYMEM_PAGE_RECLAIM", regs.rax, rcx=regs.rcx, rdx=regs.rdx, r8=regs.r8)
         return -EIO
     return 0
 
 
-async def tdx_reclaim_page(host: Host, page: int) -> int:
+async def tdx_reclaim_page(kvm: Vm, page: int) -> int:
     """``tdx_reclaim_page``: the page, cleared, is the host's again. 0 or -EIO."""
-    ret = await tdx_reclaim_page_uncleared(host, page)
+    ret = await tdx_reclaim_page_uncleared(kvm, page)
     if not ret:
-        host.module.memory.set_page(page, ZERO_PAGE)
+        kvm.host.module.memory.set_page(page, ZERO_PAGE)
     return ret
 
 
-async def tdx_reclaim_control_page(host: Host, page: int) -> None:
+async def tdx_reclaim_control_page(kvm: Vm, page: int) -> None:
     """``tdx_reclaim_control_page``: reclaims and frees a page; leaks it when that fails."""
-    if await tdx_reclaim_page(host, page):
-        host.pages.leak(page, "TDH.PHYMEM.PAGE.RECLAIM failed")
+    if await tdx_reclaim_page(kvm, page):
+        kvm.host.pages.leak(page, "TDH.PHYMEM.PAGE.RECLAIM failed")
     else:
-        host.pages.free(page)
+        kvm.host.pages.free(page)
 
 
 def tdx_hkid_free(kvm: Vm) -> None:
@@ -104,11 +106,11 @@ async def tdx_reclaim_td_control_pages(kvm: Vm) -> None:
         return
     for page in kvm.tdcs_pages:
         if page:
-            await tdx_reclaim_control_page(host, page)
+            await tdx_reclaim_control_page(kvm, page)
     kvm.tdcs_pages = ()
     if not kvm.tdr_page:
         return
-    if await tdx_reclaim_page_uncleared(host, kvm.tdr_page):
+    if await tdx_reclaim_page_uncleared(kvm, kvm.tdr_page):
         host.pages.leak(kvm.tdr_page, "TDH.PHYMEM.PAGE.RECLAIM failed")
         return
     # The module may have used the TDR, with its own KeyID, until now.

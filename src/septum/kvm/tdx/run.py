@@ -5,12 +5,15 @@ Source: Linux 6.16, ``arch/x86/kvm/vmx/tdx.c``, ``tdx_vcpu_run`` and what it cal
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from septum.arch.exits import ExitReason
+from septum.arch.operands import Operand
 from septum.arch.status import CODE, SW_ERROR, Status
 from septum.core.steps import require, step
+from septum.kvm.contention.again import busy_with
 from septum.kvm.contention.busy import tdx_operand_busy
 from septum.kvm.guest_protocol import GuestCpu
 from septum.tdx.registers import GPR_NAMES, Regs
@@ -43,6 +46,13 @@ _FORWARDED: Final = frozenset(
 """TDVMCALLs whose leaf is the exit reason of the instruction they stand for."""
 
 
+RERUNS: Final[Mapping[str, Callable[[int], bool]]] = {
+    "rerun": tdx_operand_busy,
+    "rerun-tree-only": busy_with(Operand.SEPT_TREE),
+}
+"""With which BUSY the vCPU simply enters again."""
+
+
 class Fastpath(Enum):
     """``fastpath_t``: whether an exit is dealt with before interrupts are on again."""
 
@@ -69,7 +79,7 @@ async def tdx_vcpu_run(vcpu: Vcpu, cpu: Cpu) -> Fastpath:
     vcpu.vp_enter_ret = regs.rax
     vcpu.vp_enter_args = regs.to_tuple()
     vcpu.exit_reason = tdx_to_vmx_exit_reason(vcpu)
-    return Fastpath.EXIT_HANDLED if tdx_operand_busy(regs.rax) else Fastpath.NONE
+    return Fastpath.EXIT_HANDLED if RERUNS[kvm.host.kernel.policies["enter"]](regs.rax) else Fastpath.NONE
 
 
 def take_posted(vcpu: Vcpu) -> tuple[int, ...]:

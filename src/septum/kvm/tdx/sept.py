@@ -6,6 +6,7 @@ Source: Linux 6.16, ``arch/x86/kvm/vmx/tdx.c``, ``tdx_sept_*`` and ``tdx_track``
 from __future__ import annotations
 
 from errno import EBUSY, EINVAL, EIO
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from septum.arch.operands import Operand
@@ -98,10 +99,14 @@ async def tdx_mem_page_add(kvm: Vm, gfn: int, page: int) -> int:
     if await kvm_bug_on(not kvm.page_add_src, kvm, "a page is added without a source"):
         return -EIO
     tdh = kvm.host.seamcalls
-    regs = await contend("map", kvm, lambda: tdh.tdh_mem_page_add(kvm.tdr_page, gfn << 12, page, kvm.page_add_src))
+    regs = await contend("build", kvm, lambda: tdh.tdh_mem_page_add(kvm.tdr_page, gfn << 12, page, kvm.page_add_src))
     if tdx_operand_busy(regs.rax):
+        _put_pages(kvm, page, PG_LEVEL_4K)
         return -EBUSY
-    return -EIO if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_ADD", regs, "rcx", "rdx") else 0
+    if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_ADD", regs, "rcx", "rdx"):
+        _put_pages(kvm, page, PG_LEVEL_4K)
+        return -EIO
+    return 0
 
 
 async def tdx_mem_page_record_premap_cnt(kvm: Vm) -> int:
@@ -124,7 +129,15 @@ async def tdx_sept_link_private_spt(kvm: Vm, gfn: int, level: int, page: int) ->
 
 
 async def tdx_sept_remove_private_spte(kvm: Vm, gfn: int, level: int, page: int) -> int:
-    """``tdx_sept_remove_private_spte``: block, track, remove; with ``mmu_lock`` held for write."""
+    """``tdx_sept_remove_private_spte``: block, track, remove; with ``mmu_lock`` held for write.
+
+    Before the fix "hkid-outlives-mm" pages may be left when the KeyID is gone: they are reclaimed (v13,
+    ``tdx_sept_drop_private_spte``).
+    """
+    if not kvm.host.kernel.has("hkid-outlives-mm"):
+        await step("read", "hkid")
+        if not kvm.is_hkid_assigned:
+            return await _reclaim_private_pages(kvm, level, page)
     if await kvm_bug_on(not kvm.is_hkid_assigned, kvm, "a private page is removed after the KeyID is gone"):
         return -EINVAL
     ret = await tdx_sept_zap_private_spte(kvm, gfn, level, page)
@@ -134,10 +147,19 @@ async def tdx_sept_remove_private_spte(kvm: Vm, gfn: int, level: int, page: int)
     return await tdx_sept_drop_private_spte(kvm, gfn, level, page)
 
 
+async def _reclaim_private_pages(kvm: Vm, level: int, page: int) -> int:
+    """A page that the module does not give back keeps its reference, after a warning."""
+    for part in _pages(page, level):
+        if await tdx_reclaim_page(kvm, part):
+            return 0
+    _put_pages(kvm, page, level)
+    return 0
+
+
 async def tdx_sept_zap_private_spte(kvm: Vm, gfn: int, level: int, page: int) -> int:
     """``tdx_sept_zap_private_spte``: blocks the page. 1 when it was blocked, 0 when it was never added."""
     tdh, gpa, tdx_level = kvm.host.seamcalls, gfn << 12, pg_level_to_tdx_sept_level(level)
-    regs = await contend("zap", kvm, lambda: tdh.tdh_mem_range_block(kvm.tdr_page, gpa, tdx_level))
+    regs = await contend("block", kvm, lambda: tdh.tdh_mem_range_block(kvm.tdr_page, gpa, tdx_level))
     premapped = tdx_is_sept_zap_err_due_to_premap(kvm, regs, level)
     if premapped and not await kvm_bug_on(not kvm.nr_premapped, kvm, "no page is premapped"):
         kvm.nr_premapped -= 1
@@ -163,7 +185,7 @@ async def tdx_track(kvm: Vm) -> None:
     if kvm.state != TdState.RUNNABLE:
         return
     tdh = kvm.host.seamcalls
-    regs = await contend("zap", kvm, lambda: tdh.tdh_mem_track(kvm.tdr_page))
+    regs = await contend("track", kvm, lambda: tdh.tdh_mem_track(kvm.tdr_page))
     await seamcall_bug_on(kvm, "TDH_MEM_TRACK", regs)
     await kvm_make_all_cpus_request(kvm, KVM_REQ_OUTSIDE_GUEST_MODE)
 
@@ -178,11 +200,11 @@ async def tdx_sept_drop_private_spte(kvm: Vm, gfn: int, level: int, page: int) -
         return -EINVAL
     if await kvm_bug_on(not kvm.is_hkid_assigned, kvm, "a private page is dropped after the KeyID is gone"):
         return -EINVAL
-    regs = await contend("zap", kvm, lambda: tdh.tdh_mem_page_remove(kvm.tdr_page, gpa, tdx_level))
+    regs = await contend("remove", kvm, lambda: tdh.tdh_mem_page_remove(kvm.tdr_page, gpa, tdx_level))
     if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_REMOVE", regs, "rcx", "rdx"):
         return -EIO
     for part in _pages(page, level):
-        regs = await tdh.tdh_phymem_page_wbinvd_hkid(kvm.hkid, part)
+        regs = await contend("wbinvd", kvm, partial(tdh.tdh_phymem_page_wbinvd_hkid, kvm.hkid, part))
         if await seamcall_bug_on(kvm, "TDH_PHYMEM_PAGE_WBINVD", regs):
             return -EIO
     for part in _pages(page, level):
@@ -195,7 +217,7 @@ async def tdx_sept_free_private_spt(kvm: Vm, page: int) -> int:
     """``tdx_sept_free_private_spt``: a table of the Secure EPT is taken back, after the KeyID is gone."""
     if await kvm_bug_on(kvm.is_hkid_assigned, kvm, "a Secure EPT page is freed while the KeyID is assigned"):
         return -EINVAL
-    return await tdx_reclaim_page(kvm.host, page)
+    return await tdx_reclaim_page(kvm, page)
 
 
 # -- vCPU fields -------------------------------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ async def tdx_sept_split_private_spte(kvm: Vm, gfn: int, level: int, spt: int, *
         kvm.host.log.warn_on(True, "splitting under shared mmu_lock")
         return -EOPNOTSUPP
     tdh = kvm.host.seamcalls
-    regs = await contend("zap", kvm, lambda: tdh.tdh_mem_range_block(kvm.tdr_page, gfn << 12, tdx_level))
+    regs = await contend("block", kvm, lambda: tdh.tdh_mem_range_block(kvm.tdr_page, gfn << 12, tdx_level))
     if await seamcall_bug_on(kvm, "TDH_MEM_RANGE_BLOCK", regs, "rcx", "rdx"):
         return -EIO
     await tdx_track(kvm)
-    regs = await contend("zap", kvm, lambda: tdh_mem_page_demote(kvm, gfn << 12, tdx_level, spt))
+    regs = await contend("demote", kvm, lambda: tdh_mem_page_demote(kvm, gfn << 12, tdx_level, spt))
     if await seamcall_bug_on(kvm, "TDH_MEM_PAGE_DEMOTE", regs, "rcx", "rdx"):
         return -EIO
     return 0

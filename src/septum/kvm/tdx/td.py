@@ -135,8 +135,14 @@ async def _init(kvm: Vm, params: TdParams, cmd: Cmd) -> int:
 
 
 async def tdx_do_tdh_mng_key_config(host: Host, cpu: Cpu, kvm: Any) -> int:
-    """``tdx_do_tdh_mng_key_config``: on one CPU of each package. Returns the status, which the caller judges."""
-    return (await host.seamcalls.tdh_mng_key_config(kvm.tdr_page)).rax
+    """``tdx_do_tdh_mng_key_config``: on one CPU of each package. Returns the status, which the caller judges.
+
+    v11 tries on as long as no key can be generated.
+    """
+    while True:
+        err = (await host.seamcalls.tdh_mng_key_config(kvm.tdr_page)).rax
+        if err & CODE != Status.TDX_KEY_GENERATION_FAILED or host.kernel.policies["key-config"] != "try-on":
+            return err
 
 
 async def tdx_td_finalize(kvm: Vm, cmd: Cmd) -> int:

@@ -75,11 +75,12 @@ async def tdx_td_vcpu_init(vcpu: Vcpu, initial_rcx: int) -> int:
                 host.pages.free(left)
             vcpu.tdcx_pages = vcpu.tdcx_pages[:added]
             return -EIO
+    x2apicid = vcpu.vcpu_id if host.kernel.has("vp-init-x2apic-id") else None
     if host.kernel.has("vp-init-excludes-zaps"):
         async with kvm.mmu_lock.write():
-            regs = await tdh.tdh_vp_init(vcpu.tdvpr_page, initial_rcx, vcpu.vcpu_id)
+            regs = await tdh.tdh_vp_init(vcpu.tdvpr_page, initial_rcx, x2apicid)
     else:
-        regs = await tdh.tdh_vp_init(vcpu.tdvpr_page, initial_rcx, vcpu.vcpu_id)
+        regs = await tdh.tdh_vp_init(vcpu.tdvpr_page, initial_rcx, x2apicid)
     if await seamcall_bug_on(kvm, "TDH_VP_INIT", regs):
         return -EIO
     vcpu.mp_state = MpState.RUNNABLE
@@ -105,9 +106,9 @@ async def tdx_vcpu_free(vcpu: Vcpu) -> None:
                 host.pages.leak(page, f"KeyID {vcpu.kvm.hkid} was not released")
         return
     for page in vcpu.tdcx_pages:
-        await tdx_reclaim_control_page(host, page)
+        await tdx_reclaim_control_page(vcpu.kvm, page)
     if vcpu.tdvpr_page:
-        await tdx_reclaim_control_page(host, vcpu.tdvpr_page)
+        await tdx_reclaim_control_page(vcpu.kvm, vcpu.tdvpr_page)
     vcpu.tdvpr_page, vcpu.tdcx_pages = 0, ()
     vcpu.state = VcpuTdState.UNINITIALIZED
 
