@@ -38,19 +38,17 @@ def might_sleep(what: object) -> None:
 
 
 def call_path() -> str:
-    """The functions of the model that the current task is in, outermost first."""
+    """The functions of the model that the current task is in, outermost first, without those that run the task."""
     names: list[str] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if (
-            module.startswith("septum.")
-            and not module.startswith("septum.core.")
-            and not frame.f_code.co_name.startswith("<")
-        ):
-            names.append(frame.f_code.co_name)
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if not module.startswith("septum.core."):
+            names.append(name)
+        elif module != __name__:
+            break
         frame = frame.f_back
-    return " > ".join(reversed(names)) or "no model code"
+    return " > ".join(name for name in reversed(names) if not name.startswith("<"))
 
 
 def forbid_sleep(reason: str) -> None:
