@@ -12,6 +12,7 @@ from septum.cli.boot import boot
 from septum.cli.conform import conform
 from septum.cli.contention import contention
 from septum.cli.explore import explore
+from septum.cli.ingest import ingest
 from septum.cli.list_ import list_
 from septum.cli.measure import measure
 from septum.cli.replay import replay
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "measure": measure,
     "conform": conform,
     "contention": contention,
+    "ingest": ingest,
     "run": run,
     "explore": explore,
     "replay": replay,
