@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from errno import ENOSPC
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -213,7 +215,7 @@ class _Reader:
         if faults.entry_errors:
             self.log.find(
                 "entry-errors",
-                f"TDH.VP.ENTER returned without a VM exit {faults.entry_errors} times of {faults.exits.total()}: "
+                f"TDH.VP.ENTER returned without a VM exit {_times(faults.entry_errors)} of {faults.exits.total()}: "
                 "TDX_OPERAND_BUSY there is normal beside TDH.MEM.TRACK, or under suspicion of zero-stepping",
                 str(self.path), count=faults.entry_errors,
             )  # fmt: skip
@@ -264,11 +266,17 @@ def _pamt(host: dict[str, Any], found: Mapping[str, str]) -> None:
     host["pamt_kb"] = int(found["kb"]) if "kb" in found else int(found["pages"]) * _KIB_IN_PAGE
 
 
+_EXHAUSTED: Final = "reserved areas exhausted"
+"""``tdmr_add_rsvd_area`` says so when it returns -ENOSPC."""
+
+
 def _failed(host: dict[str, Any], found: Mapping[str, str]) -> None:
     if "errno" in found:
         host["errno"] = int(found["errno"])
     if "why" in found:
         host.setdefault("error", found["why"])
+        if found["why"].endswith(_EXHAUSTED):
+            host.setdefault("errno", -ENOSPC)
 
 
 _HOST_FACTS: Final[Mapping[str, Callable[[dict[str, Any], Mapping[str, str]], None]]] = {
@@ -304,10 +312,10 @@ def _judge_errors(log: Log) -> None:
             log.find("busy", _busy(leaf, brief, count), where, **details)
         elif told.fatal:
             reason = f", {exit_reason_name(code & 0xFFFF)}" if code & 0xFFFF else ""
-            text = f"{leaf} returned {brief} {count} times: the TD is dead{reason}"
+            text = f"{leaf} returned {brief} {_times(count)}: the TD is dead{reason}"
             log.find("td-fatal", text, where, **details)
         elif count >= STORM:
-            text = f"{leaf} failed {count} times with {brief}: whoever calls goes on although it cannot succeed"
+            text = f"{leaf} failed {_times(count)} with {brief}: whoever calls goes on although it cannot succeed"
             log.find("error-storm", text, where, **details)
         else:
             more = f": {told.detail_text}" if told.detail_text and not told.operand else ""
@@ -316,12 +324,24 @@ def _judge_errors(log: Log) -> None:
             )
 
 
-def _busy(leaf: str, brief: str, count: int) -> str:
-    """Who could have held the lock, by the model's contention matrix."""
+@cache
+def _holders() -> Mapping[tuple[str, str], set[str]]:
+    """By the model's contention matrix: operations that can hold what another is told is busy."""
     from septum.lab.matrix import model_matrix  # noqa: PLC0415 - takes a second, and most logs have no BUSY
 
-    rest = leaf.removeprefix("TDH.").removeprefix("MEM.")
-    holders = {c.a.partition("/")[0] for c in model_matrix() if c.b.partition("/")[0] == rest and c.answer == brief}
+    found: dict[tuple[str, str], set[str]] = {}
+    for conflict in model_matrix():
+        found.setdefault((conflict.b.partition("/")[0], conflict.answer), set()).add(conflict.a.partition("/")[0])
+    return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+def _busy(leaf: str, brief: str, count: int) -> str:
+    """Who could have held the lock."""
+    holders = _holders().get((leaf.removeprefix("TDH.").removeprefix("MEM."), brief))
     if not holders:
-        return f"{leaf} was busy {count} times with {brief}: no pair of calls in the model gives that"
-    return f"{leaf} was busy {count} times with {brief}: in the model {', '.join(sorted(holders))} can hold that lock"
+        return f"{leaf} was busy {_times(count)} with {brief}: no pair of calls in the model gives that"
+    return f"{leaf} was busy {_times(count)} with {brief}: in the model {', '.join(sorted(holders))} can hold that lock"
