@@ -102,7 +102,7 @@ async def kvm_gmem_populate(kvm: Vm, gfn: int, source: int, post_populate: PostP
 
     The page of userspace at ``source`` is pinned with the file's invalidate lock held, which is wrong where ``source``
     is a mapping of a guest_memfd file itself: ``mmap_lock`` comes before that lock. The fix "gup-before-gmem-lock" pins
-    it before.
+    it before (7.0).
 
     A page that is prepared already is refused with -EEXIST. That goes also for one that ``post_populate`` mapped before
     it failed, because mapping it prepared it: only after a hole is punched there can it be tried again.

@@ -112,8 +112,8 @@ FIXES: Final[Mapping[str, Fix]] = {
         ),
         Fix(
             "gup-before-gmem-lock",
-            "hash and first release unverified",
-            "v6.19",
+            "2a62345b3052",
+            "v7.0",
             "the source of KVM_TDX_INIT_MEM_REGION is pinned before the guest_memfd file's invalidate lock is taken",
         ),
         Fix(
