@@ -13,9 +13,11 @@ from septum.arch.operands import Operand
 from septum.arch.status import Status, with_operand
 from septum.core.run import at_random, run
 from septum.core.steps import Violation, wait_until
+from septum.guest.vcpu import Vcpu
 from septum.kvm.arguments import Region
 from septum.kvm.contention import policy_of
 from septum.kvm.kernel import DESIGNS, Kernel
+from septum.kvm.requests import KVM_REQ_TLB_FLUSH
 from septum.kvm.seamcall import Injection
 from septum.tdx.registers import Regs
 from tests.kvm.machines import BUILT, Vmm
@@ -183,3 +185,53 @@ def test_every_design_runs_a_td() -> None:
         assert vmm.solo(lambda: vmm.build(1, 2)) == 0  # noqa: B023 - runs at once
         vmm.solo(vmm.process.exit)
         vmm.assert_clean()
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("bounded", 10), ("unbounded", 30)])
+def test_how_often_a_cache_write_back_is_resumed(policy: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each of two packages five times, or as long as the module says that it was interrupted."""
+    monkeypatch.setattr("septum.kvm.tdx.keys.TDX_SEAMCALL_RETRIES", 5)
+    leaf, interrupted = HostLeaf.TDH_PHYMEM_CACHE_WB, Status.TDX_INTERRUPTED_RESUMABLE
+    injections = [Injection(leaf, i, interrupted) for i in range(1, 31)]
+    vmm = Vmm(Kernel().with_policy("cache-wb", policy), injections=injections)
+
+    async def life() -> int:
+        r = await vmm.build()
+        await vmm.process.exit()
+        return r
+
+    assert vmm.solo(life) == 0
+    assert vmm.host.counts["TDH.PHYMEM.CACHE.WB"]["TDX_INTERRUPTED_RESUMABLE"] == calls
+
+
+def test_v11_tracks_until_it_may() -> None:
+    vmm = Vmm(Kernel("v11-2023"), injections=[Injection(HostLeaf.TDH_MEM_TRACK, i, TREE) for i in range(1, 40)])
+
+    async def main() -> int:
+        assert await vmm.build() == 0
+        return await vmm.punch(BUILT, PAGE)
+
+    assert vmm.solo(main) == 0
+    assert vmm.host.counts["TDH.MEM.TRACK"]["TDX_OPERAND_BUSY"] == 39
+    assert vmm.kvm.tdh_mem_track == 0
+    assert not vmm.kvm.vm_bugged
+
+
+def test_a_vcpu_that_serves_a_flush_waits_for_the_end_of_tracking() -> None:
+    """v11: with the count up it does not enter the guest; with nobody to take the count back it never does."""
+    for count, violation in ((0, None), (1, "no deadlock")):
+        vmm = Vmm(Kernel("v11-2023"))
+
+        async def leaves(vcpu: Vcpu) -> None:
+            await vcpu.io_write(0x80, 1, 1)
+
+        async def main(vmm: Vmm = vmm) -> int:
+            return await vmm.process.run(vmm.vcpus[0])
+
+        assert vmm.solo(vmm.build) == 0
+        vmm.attach(leaves)
+        vmm.kvm.tdh_mem_track = count
+        vmm.kvm.vcpus[0].requests |= KVM_REQ_TLB_FLUSH.bit
+        outcome = run(vmm.threads(main), choose=at_random(0))
+        assert outcome.violation == violation, outcome.message
+        assert ("TDH.VP.ENTER" in vmm.host.counts) == (not count)

@@ -15,7 +15,7 @@ from septum.kvm.events import kvm_arch_vcpu_runnable
 from septum.kvm.ipi import check_alone
 from septum.kvm.lifetime import vcpu_load
 from septum.kvm.mmu.roots import kvm_mmu_reload
-from septum.kvm.requests import KVM_REQ_UNBLOCK, KVM_REQ_VM_DEAD, VcpuMode, kvm_check_request
+from septum.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_UNBLOCK, KVM_REQ_VM_DEAD, VcpuMode, kvm_check_request
 from septum.kvm.signals import signal_pending
 from septum.kvm.tdx.exits import tdx_handle_exit
 from septum.kvm.tdx.run import Fastpath, tdx_vcpu_run
@@ -83,7 +83,10 @@ async def vcpu_enter_guest(vcpu: Vcpu) -> int:
         if kvm_check_request(KVM_REQ_VM_DEAD, vcpu):
             return -EIO
         # What is left are requests to flush TLBs and to look for events: entering the guest does both.
+        flush = kvm_check_request(KVM_REQ_TLB_FLUSH, vcpu)
         vcpu.requests = 0
+        if flush and vcpu.kvm.tdh_mem_track:
+            await wait_until(lambda: not vcpu.kvm.tdh_mem_track, "TDH.MEM.TRACK of", vcpu.kvm)
     if r := await kvm_mmu_reload(vcpu):
         return r
     host = vcpu.kvm.host

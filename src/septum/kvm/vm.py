@@ -84,6 +84,8 @@ class Vm(Shared):
     page_add_src: int = 0
     """The page whose content TDH.MEM.PAGE.ADD is to take (6.19); 0: none is being added."""
     wait_for_sept_zap: bool = False
+    tdh_mem_track: int = 0
+    """How many threads begin a TLB epoch and keep vCPUs out meanwhile (v11)."""
     shadow_flushed: bool = False
     """The process's memory has gone, and the KeyID with it (before the fix "hkid-outlives-mm")."""
     attributes: int = 0

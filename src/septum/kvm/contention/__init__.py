@@ -17,6 +17,7 @@ from septum.arch.operands import Operand
 from septum.core.steps import Step
 from septum.kvm.contention.again import again, busy_with
 from septum.kvm.contention.busy import tdx_operand_busy
+from septum.kvm.contention.counted import loop_counted
 from septum.kvm.contention.kick import kick_and_retry_once, kick_without_flag
 from septum.kvm.contention.once import once
 from septum.kvm.contention.waiting import needbreak, waitqueue
@@ -35,6 +36,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "kick-and-retry-once": kick_and_retry_once,
     "kick-without-flag": kick_without_flag,
     "loop": again(),
+    "loop-counted": loop_counted,
     "waitqueue": waitqueue,
     "needbreak": needbreak,
 }

@@ -6,6 +6,7 @@ Source: Linux 6.16, ``arch/x86/kvm/vmx/tdx.c``.
 from __future__ import annotations
 
 from errno import EIO
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from septum.arch.status import Status
@@ -58,7 +59,8 @@ def tdx_hkid_free(kvm: Vm) -> None:
 async def smp_func_do_phymem_cache_wb(host: Host, cpu: Cpu, argument: Any) -> int:
     """``smp_func_do_phymem_cache_wb``: on one CPU of each package; again while it is interrupted."""
     err = 0
-    for _ in range(TDX_SEAMCALL_RETRIES):
+    bounded = host.kernel.policies["cache-wb"] == "bounded"
+    for _ in range(TDX_SEAMCALL_RETRIES) if bounded else count():
         err = (await host.seamcalls.tdh_phymem_cache_wb(resume=bool(err))).rax
         if err != Status.TDX_INTERRUPTED_RESUMABLE:
             break
