@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from septum.core.locality import freeze, live_variables, local_state
@@ -137,3 +138,18 @@ def test_freeze_compares_content_not_identity() -> None:
     loop: list[Any] = []
     loop.append(loop)
     assert freeze(loop) == freeze(loop)
+
+
+def test_freeze_looks_inside_partials_and_keyword_defaults() -> None:
+    def add(a: int, *, b: int = 0) -> int:
+        return a + b
+
+    def with_default(value: int) -> Any:
+        def inner(*, b: int = value) -> int:
+            return b
+
+        return inner
+
+    assert freeze(partial(add, 1, b=2)) == freeze(partial(add, 1, b=2))
+    assert len({freeze(p) for p in (partial(add, 1), partial(add, 2), partial(add, b=1), partial(max, 1))}) == 4
+    assert freeze(with_default(1)) != freeze(with_default(2))

@@ -17,7 +17,7 @@ import gc
 import types
 from collections.abc import Coroutine
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from septum.core.cells import Fixed, Shared, SharedMap
@@ -111,7 +111,10 @@ def freeze(value: Any, seen: set[int] | None = None) -> Any:
         return ("method", value.__func__, freeze(value.__self__, seen))
     if isinstance(value, types.FunctionType):
         cells = tuple(freeze(cell.cell_contents, seen) for cell in value.__closure__ or ())
-        return ("function", value.__code__, cells, freeze(value.__defaults__, seen))
+        defaults = freeze((value.__defaults__, value.__kwdefaults__), seen)
+        return ("function", value.__code__, cells, defaults)
+    if isinstance(value, partial):
+        return ("partial", *(freeze(part, seen) for part in (value.func, value.args, value.keywords)))
     if isinstance(value, types.CellType):
         return ("cell", freeze(value.cell_contents, seen))
     return ("object", type(value), tuple((name, freeze(field, seen)) for name, field in _fields(value)))
