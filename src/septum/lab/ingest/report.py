@@ -77,7 +77,6 @@ class _Reader:
     def __init__(self, log: Log, path: Path, progress: Progress) -> None:
         self.log, self.path, self.progress = log, path, progress
         self.faults = Faults()
-        self.pending_internal_error = False
 
     def read(self) -> None:
         before = self.log.events
